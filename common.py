@@ -43,6 +43,36 @@ class InputError(ValueError):
     """A user's mistake: the message names what is wrong, what was expected and what to do. Exit code 2, no traceback."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors: one line, without the usage text above it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=120)
+
+
+def number(kind: type, lo: float = -math.inf, hi: float = math.inf):
+    """An argparse type: a finite int or float in [lo, hi]."""
+    def parse(text: str):
+        expected = f"expected {'an integer' if kind is int else 'a number'}" + (
+            f" from {lo} to {hi}" if math.isfinite(hi) else f" of at least {lo}" if math.isfinite(lo) else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}': {expected}") from None
+        if not (lo <= value <= hi and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text}: {expected}")
+        return value
+    return parse
+
+
 def run(main, parse, argv: list[str] | None = None) -> None:
     """main(parse(argv)), with an InputError turned into one line on stderr and exit code 2."""
     prog = Path(sys.argv[0]).name
@@ -242,6 +272,8 @@ def _from_npz(path: Path, name: str, norm) -> Data:
             labels = labels[:, 0]  # MedMNIST's shape
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(arrays[f"{split}_images"]):
             raise InputError(f"{path}: {split}_labels are {labels.dtype} {labels.shape}; expected one integer an image")
+        if not len(labels) or labels.min() < 0:
+            raise InputError(f"{path}: the {split} split is empty or has negative labels; expected classes 0, 1, 2, ...")
         splits[split] = torch.utils.data.TensorDataset(
             _images(arrays[f"{split}_images"], f"{path}"), torch.from_numpy(labels.astype(np.int64)))
     return _in_memory(name, classes, norm, splits["train"], splits["test"])
@@ -413,8 +445,7 @@ class FakeQuant(torch.autograd.Function):
     """x -> x_hat with the straight-through gradient: 1 where x is inside the range, 0 where it is clamped.
 
     One Function instead of a chain of differentiable ops: it keeps one tensor for backward instead of four, and on a CPU
-    it is twice as fast (three times as fast as torch.fake_quantize_per_tensor_affine). The gradient with respect to s is
-    that of LSQ (Esser et al. 2020): round(x/s) - x/s inside, the clamped code outside.
+    it is twice as fast (three times as fast as torch.fake_quantize_per_tensor_affine).
     """
 
     @staticmethod
@@ -428,13 +459,8 @@ class FakeQuant(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, s, z = ctx.saved_tensors
         r = x / s
-        inside = (r >= z - 0.5) & (r <= z + (2**ctx.bits - 0.5))
-        grad_x = grad * inside
-        grad_s = None
-        if ctx.needs_input_grad[1]:  # per tensor only
-            q = r.round().clamp_(z, z + (2**ctx.bits - 1))
-            grad_s = (grad * q).sum(dtype=torch.float32) - (grad_x * r).sum(dtype=torch.float32)
-        return grad_x, grad_s, None, None
+        inside = (r >= z - 0.5) & (r <= z + (2**ctx.bits - 0.5))  # what rounds to a code of the range
+        return grad * inside, None, None, None
 
 
 def fake_quant(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
@@ -648,38 +674,89 @@ def main_embed(args: argparse.Namespace) -> None:
     print(f"{args.save}: {len(keep)} train and {len(test)} test images, {os.path.getsize(args.save) / 2**20:.1f} MiB")
 
 
+# ===== Results table =================================================================================================
+
+
+def results_table(script: str, results: Path = ROOT / "results") -> str:
+    """Markdown: one row for each folder results/<script>_*, mean +- sample std over its logs, one log a seed.
+
+    Accuracies are those of the `end` records, the last state. Everything in a row, the command too, is read from the logs.
+    """
+    rows, columns = [], []
+    for folder in sorted(results.glob(f"{script}_*")):
+        starts, ends = [], []
+        for log in sorted(folder.glob("*.jsonl")):
+            records = [json.loads(line) for line in log.open()]
+            starts.append([r for r in records if r["event"] == "start"][0])
+            ends.append([r for r in records if r["event"] == "end"][-1])
+        columns += [k for end in ends for k in end if k.startswith("acc_") and k not in columns]
+        rows.append((folder.name, starts, ends))
+
+    def cell(ends: list[dict], key: str) -> str:
+        values = [end[key] for end in ends if end.get(key) is not None]
+        if not values:
+            return ""
+        return f"{np.mean(values):.2f}" + (f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 and np.std(values) > 0 else "")
+
+    heads = [k.removeprefix("acc_").removesuffix("_pct") or "ours" for k in columns]
+    heads = ["**" + h.replace("pct", "ours") + "**" if h == "pct" else h.replace("_", " ") for h in heads]
+    lines = ["| row | " + " | ".join(heads) + " | seeds | time | device | command |", "|---" * (len(heads) + 5) + "|"]
+    for name, starts, ends in rows:
+        command = re.sub(r" --(seed|out|resume|data-dir)( [^-]\S*)?", "", starts[0]["argv"])
+        seconds = np.mean([end["wall_s"] for end in ends])
+        device = f"{starts[0]['device']}, {starts[0]['threads']} threads"
+        lines.append(f"| [{name.removeprefix(script + '_')}](results/{name}) | " + " | ".join(cell(ends, k) for k in columns)
+                     + f" | {len(ends)} | {seconds:.0f} s | {device} | `{command}` |")
+    return "\n".join(lines)
+
+
+def main_table(args: argparse.Namespace) -> None:
+    """Rewrite the tables between `<!-- table NAME -->` and `<!-- end -->` in the README."""
+    text = args.readme.read_text()
+    args.readme.write_text(with_tables(text))
+    print(f"{args.readme}: {len(re.findall('<!-- table ', text))} tables")
+
+
+def with_tables(text: str) -> str:
+    return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{results_table(m[2])}\n{m[3]}", text, flags=re.S)
+
+
 # ===== Command line ==================================================================================================
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="common.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="common.py", description=__doc__)
     sub = p.add_subparsers(required=True, metavar="COMMAND")
 
-    t = sub.add_parser("pretrain", help="train a full-precision network", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    t = sub.add_parser("pretrain", help="train a full-precision network")
     t.set_defaults(main=main_pretrain)
     t.add_argument("--arch", default="resnet20", help="resnet8/14/20/32/44/56/110, with a width as in resnet20x2, or a torchvision name")
     t.add_argument("--dataset", default="fashion", help="fashion, fashion-mnist, cifar10, cifar100, imagenet, an ImageFolder, a .npz")
     t.add_argument("--data-dir", default="data", help="where cifar, imagenet and fashion-mnist lie or are downloaded to")
     t.add_argument("--save", default=None, help="checkpoint to write; None: weights/<dataset>_<arch>.pt")
     t.add_argument("--out", default=None, help="folder for log.jsonl; None: runs/pretrain/<dataset>_<arch>")
-    t.add_argument("--epochs", type=int, default=30, help="passes over the train images")
-    t.add_argument("--batch-size", type=int, default=128, help="images a step")
-    t.add_argument("--lr", type=float, default=0.1, help="peak learning rate of the one-cycle schedule")
-    t.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum")
-    t.add_argument("--weight-decay", type=float, default=5e-4, help="on convolution and linear weights only")
-    t.add_argument("--warmup", type=float, default=0.2, help="share of the steps in which the learning rate rises")
-    t.add_argument("--label-smoothing", type=float, default=0.0,
+    t.add_argument("--epochs", type=number(int, 1), default=30, help="passes over the train images")
+    t.add_argument("--batch-size", type=number(int, 1), default=128, help="images a step")
+    t.add_argument("--lr", type=number(float, 0), default=0.1, help="peak learning rate of the one-cycle schedule")
+    t.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="Nesterov momentum")
+    t.add_argument("--weight-decay", type=number(float, 0), default=5e-4, help="on convolution and linear weights only")
+    t.add_argument("--warmup", type=number(float, 0, 1), default=0.2, help="share of the steps in which the learning rate rises")
+    t.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.0,
                    help="0.1 may add a few tenths; it also keeps every prediction's entropy up, and CEMA reads entropies")
     t.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: where the hardware has it")
-    t.add_argument("--seed", type=int, default=0, help="initialisation, order and augmentation")
+    t.add_argument("--seed", type=number(int, 0), default=0, help="initialisation, order and augmentation")
     t.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     t.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on after the last finished epoch")
 
-    e = sub.add_parser("embed", help="make data/fashion_mnist.npz from the full set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    e = sub.add_parser("embed", help="make data/fashion_mnist.npz from the full set")
     e.set_defaults(main=main_embed)
     e.add_argument("--data-dir", default="data", help="where torchvision finds, or downloads, FashionMNIST")
-    e.add_argument("--per-class", type=int, default=500, help="train images kept of each class")
+    e.add_argument("--per-class", type=number(int, 1), default=500, help="train images kept of each class")
     e.add_argument("--save", default="data/fashion_mnist.npz", help="file to write")
+
+    r = sub.add_parser("table", help="write the README's results tables from the logs in results/")
+    r.set_defaults(main=main_table)
+    r.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to rewrite")
     return p
 
 

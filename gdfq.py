@@ -63,7 +63,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 import common
-from common import InputError, fake_quant, channel_range
+from common import InputError, channel_range, fake_quant, number
 
 # ===== Hyperparameters ===============================================================================================
 
@@ -71,76 +71,72 @@ from common import InputError, fake_quant, channel_range
 RECIPES = {
     "fast": {},
     "paper": dict(epochs=400, iters_per_epoch=200, warmup_epochs=4, batch_size=200, student_steps=1, buffer=1, g_width=128,
-                  lr_g=1e-3, lr=1e-4, schedule="step", clip=0.0, ce=1.0, temperature=20.0, kd_reduction="mean", beta=0.1),
+                  lr_g=1e-3, lr=1e-4, schedule="step", clip=0.0, ce=1.0, temperature=20.0, kd_reduction="mean", percentile=100.0, beta=0.1),
     "paper-imagenet": dict(epochs=400, iters_per_epoch=200, warmup_epochs=50, batch_size=16, student_steps=1, buffer=1,
                            g_width=128, lr_g=1e-3, lr=1e-6, schedule="step", clip=0.0, ce=1.0, temperature=20.0,
-                           kd_reduction="mean", beta=0.1),
+                           kd_reduction="mean", percentile=100.0, beta=0.1),
 }
 
 METHOD_FLAGS = (
     "wbits abits first_last_bits epochs iters_per_epoch warmup_epochs batch_size schedule milestones gamma generator g_width latent lr_g "
-    "adam_betas beta lr momentum weight_decay clip student_steps buffer alpha ce temperature kd_reduction ema_momentum "
+    "adam_betas beta lr momentum weight_decay clip student_steps buffer alpha ce temperature kd_reduction percentile ema_momentum "
     "calibration_batches seed").split()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="gdfq.py", description=__doc__.split("\n\n")[0], formatter_class=Help)
+    p = common.Parser(prog="gdfq.py", description=__doc__.split("\n\n")[0])
     a = p.add_argument_group("task").add_argument
     a("--arch", default="resnet20", help="resnet20/32/44/56, wider as in resnet20x2, or any torchvision classifier with BatchNorm")
     a("--dataset", default="fashion", help="fashion (embedded), fashion-mnist, cifar10, cifar100, imagenet, an ImageFolder, a .npz")
     a("--data-dir", default="data", help="where cifar and imagenet lie, or are downloaded to")
     a("--weights", default=None, help="full-precision checkpoint; None: weights/<dataset>_<arch>.pt, or torchvision's for imagenet")
     a("--method", default="gdfq", choices=["gdfq", "finetune-real"], help="finetune-real: the same budget on real train images")
-    a("--wbits", type=int, help="bits of a weight, 2 to 8")
-    a("--abits", type=int, help="bits of an activation, 2 to 8")
-    a("--first-last-bits", type=int, help="bits of the first and last layer's weights; None: --wbits, as in the paper")
+    a("--wbits", type=number(int, 2, 8), help="bits of a weight, 2 to 8")
+    a("--abits", type=number(int, 2, 8), help="bits of an activation, 2 to 8")
+    a("--first-last-bits", type=number(int, 2, 8), help="bits of the first and last layer's weights; None: --wbits, as in the paper")
     a("--evaluate", metavar="FILE", default=None, help="only evaluate a quantized.pt; its last line is the top-1 accuracy")
     a = p.add_argument_group("schedule").add_argument
     a("--recipe", default="fast", choices=list(RECIPES), help="paper, paper-imagenet: the published settings; other flags still win")
-    a("--epochs", type=int, help="length of the run; the paper: 400")
-    a("--iters-per-epoch", type=int, help="generator steps an epoch; the paper: 200")
-    a("--warmup-epochs", type=int, help="epochs in which only the generator learns; the paper: 4, ImageNet 50")
-    a("--batch-size", type=int, help="images a step of either network; the paper: 200, ImageNet 16")
+    a("--epochs", type=number(int, 1), help="length of the run; the paper: 400")
+    a("--iters-per-epoch", type=number(int, 1), help="generator steps an epoch; the paper: 200")
+    a("--warmup-epochs", type=number(int, 0), help="epochs in which only the generator learns; the paper: 4, ImageNet 50")
+    a("--batch-size", type=number(int, 2), help="images a step of either network; the paper: 200, ImageNet 16")
     a("--schedule", choices=["cosine", "step"], help="of both learning rates; the paper: step")
-    a("--milestones", type=int, nargs="*", help="epochs at which --schedule step multiplies by --gamma")
-    a("--gamma", type=float, help="factor at each milestone; the paper: 0.1")
+    a("--milestones", type=number(int, 0), nargs="*", help="epochs at which --schedule step multiplies by --gamma")
+    a("--gamma", type=number(float, 0, 1), help="factor at each milestone; the paper: 0.1")
     a = p.add_argument_group("generator").add_argument
     a("--generator", choices=["auto", "embedding", "conditional-bn"],
       help="how the label enters; auto: embedding up to 64 px, conditional BN above, as published")
-    a("--g-width", type=int, help="channels of the first convolution; the paper: 128, slower by about half")
-    a("--latent", type=int, help="length of the noise vector; the paper: 100")
-    a("--lr-g", type=float, help="Adam; the paper: 1e-3")
-    a("--adam-betas", type=float, nargs=2, help="Adam; the paper: 0.5 0.999")
-    a("--beta", type=float, help="weight of the BN-statistics loss; the paper: 0.1")
+    a("--g-width", type=number(int, 2), help="channels of the first convolution; the paper: 128, slower by about half")
+    a("--latent", type=number(int, 1), help="length of the noise vector; the paper: 100")
+    a("--lr-g", type=number(float, 0), help="Adam; the paper: 1e-3")
+    a("--adam-betas", type=number(float, 0, 1), nargs=2, help="Adam; the paper: 0.5 0.999")
+    a("--beta", type=number(float, 0), help="weight of the BN-statistics loss; the paper: 0.1")
     a = p.add_argument_group("student").add_argument
-    a("--lr", type=float, help="SGD Nesterov; diverges above 1e-1. The paper: 1e-4, ImageNet 1e-6")
-    a("--momentum", type=float, help="SGD; the paper: 0.9")
-    a("--weight-decay", type=float, help="SGD; the paper: 1e-4")
-    a("--clip", type=float, help="largest gradient norm, 0 for none; the paper: none")
-    a("--student-steps", type=int, help="student steps a generator step; the paper: 1")
-    a("--buffer", type=int, help="generated batches kept for the student; 1: only the newest, as in the paper")
-    a("--alpha", type=float, help="weight of the distillation term; the paper: 1")
-    a("--ce", type=float, help="weight of the student's cross-entropy with the sampled label; the paper: 1")
-    a("--temperature", type=float, help="T of the distillation; the paper: 20")
+    a("--lr", type=number(float, 0), help="SGD Nesterov; diverges above 1e-1. The paper: 1e-4, ImageNet 1e-6")
+    a("--momentum", type=number(float, 0, 1), help="SGD; the paper: 0.9")
+    a("--weight-decay", type=number(float, 0), help="SGD; the paper: 1e-4")
+    a("--clip", type=number(float, 0), help="largest gradient norm, 0 for none; the paper: none")
+    a("--student-steps", type=number(int, 1), help="student steps a generator step; the paper: 1")
+    a("--buffer", type=number(int, 1), help="generated batches kept for the student; 1: only the newest, as in the paper")
+    a("--alpha", type=number(float, 0), help="weight of the distillation term; the paper: 1")
+    a("--ce", type=number(float, 0), help="weight of the student's cross-entropy with the sampled label; the paper: 1")
+    a("--temperature", type=number(float, 1e-3), help="T of the distillation; the paper: 20")
     a("--kd-reduction", choices=["batchmean", "mean"], help="mean: C times weaker, as published")
-    a("--ema-momentum", type=float, help="of the activation ranges; the paper: 0.9")
-    a("--calibration-batches", type=int, help="generated batches the ranges are averaged over")
+    a("--percentile", type=number(float, 50, 100), help="of an activation that its range holds; the paper: 100, min and max")
+    a("--ema-momentum", type=number(float, 0, 1), help="of the activation ranges; the paper: 0.9")
+    a("--calibration-batches", type=number(int, 1), help="generated batches the ranges are averaged over")
     a = p.add_argument_group("run").add_argument
     a("--out", default=None, help="folder for log.jsonl, generated.png, quantized.pt; None: runs/gdfq/<dataset>_<arch>_w4a4_s0")
-    a("--seed", type=int, help="of generator, noise, labels and buffer draws")
+    a("--seed", type=number(int, 0), help="of generator, noise, labels and buffer draws")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast in training; None: where the hardware has it")
     a("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from the last checkpoint in --out")
-    a("--checkpoint-every", type=int, default=5, help="epochs between checkpoints")
-    a("--eval-every", type=int, default=0, help="epochs between evaluations on the test set, for curves; 0: only at the end")
+    a("--checkpoint-every", type=number(int, 1), default=5, help="epochs between checkpoints")
+    a("--eval-every", type=number(int, 0), default=0, help="epochs between evaluations on the test set, for curves; 0: only at the end")
     # The method's own defaults stand in GDFQ.__init__, once, for those who import the class.
     p.set_defaults(**{k: v.default for k, v in inspect.signature(GDFQ).parameters.items() if k in METHOD_FLAGS})
     return p
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30, width=120)
 
 
 # ===== Equations =====================================================================================================
@@ -189,7 +185,8 @@ def distillation_loss(teacher_logits: Tensor, student_logits: Tensor, T: float, 
     smaller: the published code's, whose distillation all but vanishes beside the cross-entropy at 1000 classes.
     """
     p, q = F.log_softmax(teacher_logits / T, 1), F.log_softmax(student_logits / T, 1)
-    return T**2 * F.kl_div(q, p, reduction=reduction, log_target=True)
+    kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return T**2 * (kl if reduction == "batchmean" else kl / p.shape[1])
 
 
 # ===== Model surgery =================================================================================================
@@ -209,12 +206,26 @@ class WeightQuantizer(nn.Module):
         return fake_quant(w, *channel_range(w), self.bits)
 
 
-class ActivationQuantizer(nn.Module):
-    """Fake-quantizes an activation with one range for the tensor; `observing` moves the range by the EMA of min and max."""
+def clipped_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
+    """The range that holds `percentile` % of x below its upper end, and as much above its lower end: two scalars.
 
-    def __init__(self, bits: int, momentum: float):
+    100 is min/max, the paper's. One outlier then sets the step of everybody: at 3 bits, 99.95 instead of 100 is worth
+    CLIP points before any training. A strided sample of 100,000 values stands for the rest.
+    """
+    if percentile == 100:
+        return x.amin(), x.amax()
+    sample = x.flatten()
+    sample = sample[::max(1, len(sample) // 100_000)].float()
+    ends = torch.quantile(sample, torch.tensor([1 - percentile / 100, percentile / 100], device=x.device))
+    return ends[0], ends[1]
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes an activation with one range for the tensor; `observing` moves the range by the EMA of its ends."""
+
+    def __init__(self, bits: int, momentum: float, percentile: float):
         super().__init__()
-        self.bits, self.momentum, self.observing = bits, momentum, False
+        self.bits, self.momentum, self.percentile, self.observing = bits, momentum, percentile, False
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
         self.restart()
@@ -224,13 +235,14 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observing:
-            self.lo.copy_(self.ema_lo.update(x.detach().amin()))
-            self.hi.copy_(self.ema_hi.update(x.detach().amax()))
+            lo, hi = clipped_range(x.detach(), self.percentile)
+            self.lo.copy_(self.ema_lo.update(lo))
+            self.hi.copy_(self.ema_hi.update(hi))
         return fake_quant(x, self.lo, self.hi, self.bits)
 
 
 def quantize(model: nn.Module, example_input: Tensor, wbits: int, abits: int, first_last_bits: int | None = None,
-             ema_momentum: float = 0.9) -> nn.Module:
+             percentile: float = 99.95, ema_momentum: float = 0.9) -> nn.Module:
     """A fake-quantized copy of `model` in eval mode; `model` itself is not touched.
 
     Every Conv2d and Linear gets a WeightQuantizer (as a parametrization of its `weight`), every activation call an
@@ -257,7 +269,7 @@ def quantize(model: nn.Module, example_input: Tensor, wbits: int, abits: int, fi
                 or node.op == "call_method" and node.target in ("relu", "relu_")):
             name = f"act_quant{n_act}"
             n_act += 1
-            q.add_submodule(name, ActivationQuantizer(abits, ema_momentum))
+            q.add_submodule(name, ActivationQuantizer(abits, ema_momentum, percentile))
             with q.graph.inserting_after(node):
                 quantized = q.graph.call_module(name, (node,))
             node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
@@ -293,6 +305,13 @@ def record_bn_inputs(model: nn.Module) -> dict[_BatchNorm, Tensor]:
         if isinstance(m, _BatchNorm) and m.running_mean is not None:
             m.register_forward_pre_hook(lambda m, inputs: seen.__setitem__(m, inputs[0]))
     return seen
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises InputError for a network that GDFQ cannot work on."""
+    if not any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules()):
+        raise InputError("the network has no BatchNorm with running statistics, and GDFQ learns its images from those: "
+                         "choose another --arch")
 
 
 # ===== Method ========================================================================================================
@@ -364,8 +383,8 @@ class GDFQ:
                  gamma: float = 0.1, generator: str = "auto", g_width: int = 64, latent: int = 100, lr_g: float = 1e-3,
                  adam_betas: tuple[float, float] = (0.5, 0.999), beta: float = 0.1, lr: float = 2e-2, momentum: float = 0.9,
                  weight_decay: float = 1e-4, clip: float = 1.0, student_steps: int = 3, buffer: int = 200, alpha: float = 1.0,
-                 ce: float = 0.0, temperature: float = 4.0, kd_reduction: str = "batchmean", ema_momentum: float = 0.9,
-                 calibration_batches: int = 30, amp: bool = False, seed: int = 0, device: torch.device | str = "cpu"):
+                 ce: float = 0.0, temperature: float = 4.0, kd_reduction: str = "batchmean", percentile: float = 99.95,
+                 ema_momentum: float = 0.9, calibration_batches: int = 30, amp: bool = False, seed: int = 0, device: torch.device | str = "cpu"):
         if image_size % 4 or image_size < 8:
             raise InputError(f"images of {image_size} px: the generator makes sides that are multiples of 4, from 8 on")
         self.num_classes, self.batch_size, self.latent = num_classes, batch_size, latent
@@ -378,18 +397,16 @@ class GDFQ:
         # All noise is drawn on the CPU, so that a seed means the same on every device.
         self.rng = torch.Generator().manual_seed(seed)
 
+        check_model(model)
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self.bn_inputs = record_bn_inputs(self.teacher)
-        if not any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in self.teacher.modules()):
-            raise InputError("the network has no BatchNorm with running statistics; GDFQ learns its images from those, and "
-                             "cannot work without: choose another --arch")
         torch.manual_seed(seed)  # initialises G
         kind = generator if generator != "auto" else "embedding" if image_size <= 64 else "conditional-bn"
         self.generator = Generator(num_classes, image_size, latent, g_width, kind).train()
         for net in (self.teacher, self.generator):
             net.to(self.device, memory_format=torch.channels_last)
         noise = torch.randn(min(batch_size, 64), 3, image_size, image_size, generator=self.rng)
-        self.student = quantize(self.teacher, noise.to(self.device), wbits, abits, first_last_bits, ema_momentum)
+        self.student = quantize(self.teacher, noise.to(self.device), wbits, abits, first_last_bits, percentile, ema_momentum)
         self.student.requires_grad_(True)
         self.opt_g = torch.optim.Adam(self.generator.parameters(), lr_g, tuple(adam_betas))
         self.opt = torch.optim.SGD(self.student.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
@@ -608,6 +625,7 @@ def main(args: argparse.Namespace) -> None:
     if args.evaluate:
         return evaluate_file(args, device)
     data = common.load_data(args.dataset, args.data_dir)
+    check_model(common.build_model(args.arch, len(data.classes)))  # before minutes go into weights for it
     model, data, source = common.find_weights(args.arch, args.dataset, data, args.weights, device)
     model.to(device, memory_format=torch.channels_last)
     amp = common.has_fast_bf16(device) if args.amp is None else args.amp
@@ -637,7 +655,10 @@ def main(args: argparse.Namespace) -> None:
 
     if "acc_fp_pct" not in results:
         evaluate(model, "acc_fp_pct")
-        evaluate(method.student, "acc_ptq_noise_pct")  # its ranges are still those of Gaussian noise: the do-nothing row
+        # The do-nothing row is the paper's quantizer with ranges from Gaussian noise; the row below it clips, and nothing more.
+        noise = torch.randn(256, 3, data.size, data.size, generator=torch.Generator().manual_seed(args.seed)).to(device)
+        for name, percentile in (("acc_ptq_noise_pct", 100.0), ("acc_ptq_noise_clipped_pct", args.percentile)):
+            evaluate(quantize(model, noise, args.wbits, args.abits, args.first_last_bits, percentile), name)
 
     stream = None
     if real:
@@ -680,8 +701,11 @@ def main(args: argparse.Namespace) -> None:
     log.write("end", **results, size_fp_bytes=size_fp, size_packed_bytes=size_packed, wall_s=wall_s + time.time() - log.t0,
               peak_mib=common.peak_mib(), img_per_s=img_per_s)
 
-    rows = [("full precision", "acc_fp_pct", size_fp), ("PTQ, ranges from noise", "acc_ptq_noise_pct", size_packed),
-            ("PTQ, ranges from G", "acc_ptq_gen_pct", size_packed), ("real data" if real else "GDFQ", "acc_pct", size_packed)]
+    rows = [("full precision", "acc_fp_pct", size_fp),
+            ("PTQ, min/max of noise", "acc_ptq_noise_pct", size_packed),
+            (f"PTQ, {args.percentile:g} % of noise", "acc_ptq_noise_clipped_pct", size_packed),
+            (f"PTQ, {args.percentile:g} % of generated images", "acc_ptq_gen_pct", size_packed),
+            ("real data" if real else "GDFQ", "acc_pct", size_packed)]
     print(f"\n{args.arch} on {data.name}, W{args.wbits}A{args.abits}, last state   top-1 %    drop      kB")
     for label, key, size in rows:
         if key in results:
