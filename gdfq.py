@@ -45,6 +45,23 @@ Protocol: the questions that are otherwise asked in issues.
                                  linear bottlenecks.
     Where do ranges come from?   EMA of the batch minimum and maximum over generated images at the end of the warm-up.
     Which accuracy?              The last state's, fp32 arithmetic, whole test set. Nothing is chosen on test images.
+
+Departures from the paper and its code, with the flag that goes back. `--recipe paper` goes back on all that have one.
+
+    D1  The range EMA is debiased once. Published code feeds the debiased value back: up to 3,900 times too wide at step 20.
+    D2  Every range holds 0, and every *call* of an activation has its own. Published code swaps modules, which gives the two
+        ReLU calls of a torchvision block one range.
+    D3  Ranges are averaged over the end of the warm-up only, where all the weight of an EMA lies.  --calibration-batches
+    D4  Ranges are clipped to 99.95 % of the values.                                                --percentile 100
+    D5  The student only distils: KL in the textbook "batchmean" form, T = 4, no cross-entropy. --kd-reduction --temperature --ce
+    D6  Three student steps a generator step, two of them on buffered batches.                      --student-steps --buffer
+    D7  A higher learning rate for both, cosine, gradient clipping; the run is 270 times shorter.   --lr --lr-g --schedule --clip
+    D8  The generator is half as wide.                                                              --g-width 128
+    D9  bf16 autocast in training, where the hardware has it.                                       --no-amp
+
+    python gdfq.py                                        # ResNet-20 on Fashion-MNIST, W4A4: TIME on 2 CPU cores
+    python gdfq.py --arch resnet18 --wbits 4 --abits 4    # pretrains a ResNet-18 first, once: TIME in all
+    python gdfq.py --dataset cifar100 --recipe paper      # the published settings; days on a CPU, hours on a GPU
 """
 
 import argparse
@@ -68,19 +85,14 @@ from common import InputError, channel_range, fake_quant, number
 # ===== Hyperparameters ===============================================================================================
 
 # The published code's settings for 32 px images, and what changes for ImageNet. `--recipe` sets them; flags still win.
-RECIPES = {
-    "fast": {},
-    "paper": dict(epochs=400, iters_per_epoch=200, warmup_epochs=4, batch_size=200, student_steps=1, buffer=1, g_width=128,
-                  lr_g=1e-3, lr=1e-4, schedule="step", clip=0.0, ce=1.0, temperature=20.0, kd_reduction="mean", percentile=100.0, beta=0.1),
-    "paper-imagenet": dict(epochs=400, iters_per_epoch=200, warmup_epochs=50, batch_size=16, student_steps=1, buffer=1,
-                           g_width=128, lr_g=1e-3, lr=1e-6, schedule="step", clip=0.0, ce=1.0, temperature=20.0,
-                           kd_reduction="mean", percentile=100.0, beta=0.1),
-}
+PAPER = dict(epochs=400, iters_per_epoch=200, warmup_epochs=4, batch_size=200, student_steps=1, buffer=1, g_width=128, lr_g=1e-3,
+             lr=1e-4, schedule="step", clip=0.0, ce=1.0, temperature=20.0, kd_reduction="mean", percentile=100.0)
+RECIPES = {"fast": {}, "paper": PAPER, "paper-imagenet": PAPER | dict(warmup_epochs=50, batch_size=16, lr=1e-6)}
 
 METHOD_FLAGS = (
-    "wbits abits first_last_bits epochs iters_per_epoch warmup_epochs batch_size schedule milestones gamma generator g_width latent lr_g "
-    "adam_betas beta lr momentum weight_decay clip student_steps buffer alpha ce temperature kd_reduction percentile ema_momentum "
-    "calibration_batches seed").split()
+    "wbits abits first_last_bits epochs iters_per_epoch warmup_epochs batch_size schedule milestones gamma generator g_width "
+    "latent lr_g adam_betas beta lr momentum weight_decay clip student_steps buffer alpha ce temperature kd_reduction percentile "
+    "ema_momentum calibration_batches seed").split()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,7 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     a("--seed", type=number(int, 0), help="of generator, noise, labels and buffer draws")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast in training; None: where the hardware has it")
-    a("--resume", action=argparse.BooleanOptionalAction, default=False, help="go on from the last checkpoint in --out")
+    a("--resume", action=argparse.BooleanOptionalAction, default=False,
+      help="go on from the last checkpoint in --out; bitwise on a CPU. Not with finetune-real, which writes none")
     a("--checkpoint-every", type=number(int, 1), default=5, help="epochs between checkpoints")
     a("--eval-every", type=number(int, 0), default=0, help="epochs between evaluations on the test set, for curves; 0: only at the end")
     # The method's own defaults stand in GDFQ.__init__, once, for those who import the class.
@@ -378,11 +391,11 @@ class GDFQ:
     """
 
     def __init__(self, model: nn.Module, num_classes: int, image_size: int, wbits: int = 4, abits: int = 4, *,
-                 first_last_bits: int | None = None, epochs: int = 10, iters_per_epoch: int = 60, warmup_epochs: int = 3,
+                 first_last_bits: int | None = None, epochs: int = 10, iters_per_epoch: int = 30, warmup_epochs: int = 5,
                  batch_size: int = 128, schedule: str = "cosine", milestones: tuple[int, ...] = (100, 200, 300),
-                 gamma: float = 0.1, generator: str = "auto", g_width: int = 64, latent: int = 100, lr_g: float = 1e-3,
+                 gamma: float = 0.1, generator: str = "auto", g_width: int = 64, latent: int = 100, lr_g: float = 3e-3,
                  adam_betas: tuple[float, float] = (0.5, 0.999), beta: float = 0.1, lr: float = 2e-2, momentum: float = 0.9,
-                 weight_decay: float = 1e-4, clip: float = 1.0, student_steps: int = 3, buffer: int = 200, alpha: float = 1.0,
+                 weight_decay: float = 1e-4, clip: float = 1.0, student_steps: int = 3, buffer: int = 100, alpha: float = 1.0,
                  ce: float = 0.0, temperature: float = 4.0, kd_reduction: str = "batchmean", percentile: float = 99.95,
                  ema_momentum: float = 0.9, calibration_batches: int = 30, amp: bool = False, seed: int = 0, device: torch.device | str = "cpu"):
         if image_size % 4 or image_size < 8:
@@ -399,7 +412,6 @@ class GDFQ:
 
         check_model(model)
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        self.bn_inputs = record_bn_inputs(self.teacher)
         torch.manual_seed(seed)  # initialises G
         kind = generator if generator != "auto" else "embedding" if image_size <= 64 else "conditional-bn"
         self.generator = Generator(num_classes, image_size, latent, g_width, kind).train()
@@ -408,6 +420,7 @@ class GDFQ:
         noise = torch.randn(min(batch_size, 64), 3, image_size, image_size, generator=self.rng)
         self.student = quantize(self.teacher, noise.to(self.device), wbits, abits, first_last_bits, percentile, ema_momentum)
         self.student.requires_grad_(True)
+        self.bn_inputs = record_bn_inputs(self.teacher)  # after the copy: the student must not carry the hooks
         self.opt_g = torch.optim.Adam(self.generator.parameters(), lr_g, tuple(adam_betas))
         self.opt = torch.optim.SGD(self.student.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
 
@@ -491,6 +504,7 @@ class GDFQ:
         stats = {}
         if real is None:
             x, y, logits, stats = self.generator_step()
+        if self.iteration >= self.warmup and real is None:
             self.buffer.append((x.to(torch.bfloat16) if self.amp else x, y, logits))  # half precision, half the memory
             if len(self.buffer) > self.buffer_size:
                 self.buffer.pop(self.draw(self.buffer_size))  # any but the newest
@@ -634,16 +648,21 @@ def main(args: argparse.Namespace) -> None:
     if args.recipe != "fast":
         print(f"recipe {args.recipe}: " + ", ".join(f"{k}={getattr(args, k)}" for k in RECIPES[args.recipe]))
     real = args.method == "finetune-real"
-    if real and data.train is None:
-        raise InputError(f"--method finetune-real: {data.name} has no train images; expected a train/ folder beside val/")
+    if real and (data.train is None or len(data.train) < args.batch_size):
+        raise InputError(f"--method finetune-real: {data.name} has {len(data.train or ())} train images, fewer than one --batch-size of "
+                         f"{args.batch_size}; an ImageFolder needs train/ beside val/")
 
     method = GDFQ(model, len(data.classes), data.size, amp=amp, device=device, **{k: getattr(args, k) for k in METHOD_FLAGS})
 
     out = common.make_out(Path(args.out or f"runs/gdfq/{data.name}_{args.arch}_w{args.wbits}a{args.abits}_s{args.seed}"))
     checkpoint = out / "checkpoint.pt"
+    made_with = {k: v for k, v in common.flat(args).items() if k in (*METHOD_FLAGS, "arch", "dataset", "weights")}
     results, wall_s = {}, 0.0
     if args.resume and checkpoint.exists():
-        state = common.load_file(checkpoint, ("method", "results", "wall_s"), "a gdfq.py checkpoint")
+        state = common.load_file(checkpoint, ("method", "results", "wall_s", "made_with"), "a gdfq.py checkpoint")
+        if changed := [k for k in made_with if state["made_with"].get(k) != made_with[k]]:
+            raise InputError(f"--resume: {checkpoint} was made with another --{changed[0].replace('_', '-')} "
+                             f"({state['made_with'].get(changed[0])}, now {made_with[changed[0]]}); repeat its flags, or start anew")
         method.load_state_dict(state["method"])
         results, wall_s = state["results"], state["wall_s"]
     log = common.RunLog(out, append=args.resume)
@@ -686,7 +705,8 @@ def main(args: argparse.Namespace) -> None:
             if args.eval_every and epoch % args.eval_every == 0 and not warm:
                 evaluate(method.student, "acc_pct")
             if epoch % args.checkpoint_every == 0 and not real:
-                common.save_atomic({"method": method.state_dict(), "results": results, "wall_s": wall_s + time.time() - log.t0}, checkpoint)
+                common.save_atomic({"method": method.state_dict(), "results": results, "made_with": made_with,
+                                    "wall_s": wall_s + time.time() - log.t0}, checkpoint)
     evaluate(method.student, "acc_pct")
 
     packed = pack(method.student)

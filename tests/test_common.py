@@ -217,6 +217,24 @@ def test_shipped_weights_state_their_accuracy(dataset, arch, least):
         assert common.accuracy_pct(model, data, data.test, CPU) == pytest.approx(ck["acc_pct"], abs=0.011)
 
 
+def test_the_tables_in_the_readme_are_those_of_the_logs():
+    """`python common.py table` changes nothing. Fails if a number is edited by hand."""
+    text = (common.ROOT / "README.md").read_text()
+    assert common.with_tables(text) == text and text.count("<!-- table ") == text.count("<!-- end -->") > 0
+
+
+def test_a_table_row_is_mean_and_sample_std_of_the_last_states(tmp_path):
+    """Two made-up logs. Fails if the std is the population's."""
+    for seed, acc in enumerate((90.0, 92.0)):
+        (tmp_path / "gdfq_x").mkdir(exist_ok=True)
+        with (tmp_path / "gdfq_x" / f"s{seed}.jsonl").open("w") as f:
+            for r in ({"event": "start", "argv": f"python gdfq.py --wbits 3 --seed {seed}", "device": "cpu", "threads": 2},
+                      {"event": "eval", "acc_pct": 99.0}, {"event": "end", "acc_pct": acc, "wall_s": 10.0}):
+                f.write(json.dumps(r) + "\n")
+    row = common.results_table("gdfq", tmp_path).splitlines()[-1]
+    assert "91.00 +- 1.41" in row and "| 2 | 10 s |" in row and "`python gdfq.py --wbits 3`" in row
+
+
 # ----- bad input -----------------------------------------------------------------------------------------------------
 
 

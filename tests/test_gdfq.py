@@ -174,6 +174,16 @@ def test_eight_bits_lose_less_than_half_a_point(fashion):
     assert abs(common.accuracy_pct(q, data, test, CPU) - common.accuracy_pct(model, data, test, CPU)) < 0.5
 
 
+def test_clipped_range_is_numpys_percentile_and_100_is_min_max():
+    """On few values exactly, on many by a sample. Fails if the lower end is clipped at the percentile, too."""
+    x = torch.randn(5000)
+    lo, hi = gdfq.clipped_range(x, 99.0)
+    assert [lo, hi] == pytest.approx(list(np.percentile(x, [1, 99])), abs=1e-4)
+    assert gdfq.clipped_range(x, 100.0) == (x.min(), x.max())
+    many = torch.rand(3_000_000)
+    assert gdfq.clipped_range(many, 99.0)[1].item() == pytest.approx(0.99, abs=0.002)
+
+
 def test_first_and_last_layer_have_their_own_bits():
     """Fails if the order is not that of the forward pass."""
     q = quantize(small(), NOISE, 3, 4, first_last_bits=8)
@@ -243,7 +253,7 @@ def test_every_part_fires_under_default_flags():
         stats = m.step()
         assert not torch.equal(g0["conv1.weight"], m.generator.state_dict()["conv1.weight"])
         assert all(torch.equal(t0[k], v) for k, v in m.teacher.state_dict().items())
-        assert ("kd" in stats) == (i >= 2) and len(m.buffer) == min(3, i + 1)
+        assert ("kd" in stats) == (i >= 2) and len(m.buffer) == min(3, max(0, i - 1))
         if i < 2:
             assert torch.equal(q0["conv1.parametrizations.weight.original"], m.student.state_dict()["conv1.parametrizations.weight.original"])
 
@@ -353,6 +363,13 @@ def test_an_interrupted_command_resumes_to_the_same_file(tmp_path, monkeypatch):
     common.run(gdfq.main, gdfq.parse, (base + f"{tmp_path}/b --resume").split())
     a, b = (torch.load(tmp_path / d / "quantized.pt", weights_only=True) for d in "ab")
     assert all(torch.equal(a[k], b[k]) for k in ("codes", "steps", "zeros", "floats"))
+
+
+def test_resuming_with_other_flags_is_refused(tmp_path, monkeypatch, fails):
+    """Fails if a checkpoint of another run is continued, or ends in a traceback."""
+    torch.save({"method": {}, "results": {}, "wall_s": 0.0, "made_with": {"wbits": 3}}, tmp_path / "checkpoint.pt")
+    line = fails(gdfq, f"--resume --batch-size 8 --g-width 8 --out {tmp_path}")
+    assert "another --wbits (3, now 4)" in line and not (tmp_path / "log.jsonl").exists()
 
 
 def test_fine_tuning_on_real_images_runs_in_the_same_table(tmp_path, monkeypatch, capsys):
