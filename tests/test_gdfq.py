@@ -367,7 +367,7 @@ def test_an_interrupted_command_resumes_to_the_same_file(tmp_path, monkeypatch):
 
 def test_resuming_with_other_flags_is_refused(tmp_path, monkeypatch, fails):
     """Fails if a checkpoint of another run is continued, or ends in a traceback."""
-    torch.save({"method": {}, "results": {}, "wall_s": 0.0, "made_with": {"wbits": 3}}, tmp_path / "checkpoint.pt")
+    torch.save({"method": {}, "results": {}, "wall_s": 0.0, "made_with": {"arch": "resnet20", "dataset": "fashion", "weights": None, "wbits": 3}}, tmp_path / "checkpoint.pt")
     line = fails(gdfq, f"--resume --batch-size 8 --g-width 8 --out {tmp_path}")
     assert "another --wbits (3, now 4)" in line and not (tmp_path / "log.jsonl").exists()
 
