@@ -35,18 +35,21 @@ def test_fake_quant_equals_a_plain_loop(bits, lo, hi):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_fake_quant_equals_the_torch_builtin(bits):
-    """Against torch.fake_quantize_per_tensor_affine. Fails if z has the wrong sign."""
+    """Against torch.fake_quantize_per_tensor_affine, outside the range, too. Fails if there is one code too many."""
     x = torch.randn(1000)
     s, z = common.step_and_zero(x.min(), x.max(), bits)
-    builtin = torch.fake_quantize_per_tensor_affine(x, s, (-z).int(), 0, 2**bits - 1)
-    assert (common.fake_quant(x, x.min(), x.max(), bits) - builtin).abs().max() < 1e-5
+    builtin = torch.fake_quantize_per_tensor_affine(2 * x, s, (-z).int(), 0, 2**bits - 1)
+    assert (common.fake_quant(2 * x, x.min(), x.max(), bits) - builtin).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("lo, hi", [(-1.0, 2.0), (0.3, 2.0), (-2.0, -0.3), (-0.37, 0.91)])
 def test_zero_stays_exactly_zero(lo, hi):
-    """Padding and pruned weights need it. Fails if z is not rounded."""
+    """Padding and pruned weights need it, in floats and in codes. Fails if z is not rounded, or the range not widened."""
     for bits in range(2, 9):
-        assert common.fake_quant(torch.zeros(3), torch.tensor(lo), torch.tensor(hi), bits).abs().max() == 0
+        x, lo_t, hi_t = torch.zeros(3), torch.tensor(lo), torch.tensor(hi)
+        assert common.fake_quant(x, lo_t, hi_t, bits).abs().max() == 0
+        s, z = common.step_and_zero(lo_t, hi_t, bits)
+        assert (common.quantize_codes(x, s, z, bits) + z).abs().max() == 0
 
 
 def test_one_signed_channels_have_codes_that_fit():
@@ -105,12 +108,16 @@ def test_width_multiplies_channels():
 
 
 def test_embedded_data_are_balanced_and_padded():
-    """5,000 train images, 500 a class; 10,000 test images; 3x32x32, border 0. Fails if labels and images are mixed up."""
+    """5,000 train images, 500 a class; 10,000 test images; 3x32x32, border 0; the nearest class mean is right for two thirds of
+    the test images. Fails if labels and images are mixed up."""
     data = common.load_data("fashion")
     (x, y), (xt, yt) = data.train.tensors, data.test.tensors
     assert x.shape == (5000, 3, 32, 32) and xt.shape == (10000, 3, 32, 32) and x.dtype == torch.uint8
     assert torch.bincount(y).tolist() == [500] * 10 and torch.bincount(yt).tolist() == [1000] * 10
     assert x[..., :2, :].sum() == 0 and torch.equal(x[:, 0], x[:, 2])
+    means = torch.stack([x[y == c, 0].float().mean(0).flatten() for c in range(10)])
+    nearest = torch.cdist(xt[:, 0].float().flatten(1), means).argmin(1)
+    assert 0.6 < (nearest == yt).float().mean() < 0.75
 
 
 @pytest.mark.parametrize("shape, label_shape, side", [((6, 28, 28), (6, 1), 32), ((6, 28, 28, 3), (6, 1), 32), ((6, 64, 64), (6,), 64)])
@@ -240,8 +247,8 @@ def test_a_table_row_is_mean_and_sample_std_of_the_last_states(tmp_path):
 
 def test_unknown_data_sets_and_networks_name_the_nearest(tmp_path):
     """Fails if the nearest names are not listed."""
-    with pytest.raises(InputError, match="cifar100"):
-        common.load_data("cifar1000")
+    with pytest.raises(InputError, match="nearest: fashion"):
+        common.load_data("fasion")
     with pytest.raises(InputError, match="resnet18"):
         common.build_model("resnet1", 10)
 
