@@ -25,8 +25,7 @@ def fails(capsys):
             common.run(main, parse, command.split())
         err = capsys.readouterr().err.strip()
         assert e.value.code == 2, err
-        line = err.splitlines()[-1]
-        assert "Traceback" not in err and "error:" in line
-        return line
+        assert len(err.splitlines()) == 1 and "error:" in err, err
+        return err
 
     return call

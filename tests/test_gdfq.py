@@ -57,7 +57,7 @@ def test_batch_moments_equal_var_mean_and_its_gradient(shape):
     var, mean = torch.var_mean(x, dims, correction=0)
     a, b = torch.randn(2, shape[1])
     want, = torch.autograd.grad((a * mean + b * var).sum(), x)
-    ours_mean, ours_var = gdfq.BatchMoments.apply(x)
+    ours_mean, ours_var = common.BatchMoments.apply(x)
     got, = torch.autograd.grad((a * ours_mean + b * ours_var).sum(), x)
     assert torch.allclose(ours_mean, mean, atol=1e-6) and torch.allclose(ours_var, var, atol=1e-5)
     assert torch.allclose(got, want, atol=1e-6)
@@ -175,7 +175,7 @@ def test_eight_bits_lose_less_than_half_a_point(fashion):
 
 
 def test_clipped_range_is_numpys_percentile_and_100_is_min_max():
-    """On few values exactly, on many by a sample. Fails if the lower end is clipped at the percentile, too."""
+    """On few values exactly, on many by a sample. Fails if both ends are the upper one."""
     x = torch.randn(5000)
     lo, hi = gdfq.clipped_range(x, 99.0)
     assert [lo, hi] == pytest.approx(list(np.percentile(x, [1, 99])), abs=1e-4)
@@ -260,7 +260,7 @@ def test_every_part_fires_under_default_flags():
 
 def test_the_generator_learns_its_labels(fashion):
     """60 steps: the teacher's accuracy on generated images goes from chance to above 35 %. Fails if the label does not reach G."""
-    m = GDFQ(fashion[0], 10, 32, batch_size=64, g_width=32, lr_g=5e-3, warmup_epochs=10, amp=common.has_fast_bf16(CPU))
+    m = GDFQ(fashion[0], 10, 32, batch_size=64, g_width=32, lr_g=5e-3, amp=common.has_fast_bf16(CPU))
     acc = [m.generator_step()[3]["acc_m_pct"] for _ in range(60)]
     assert np.mean(acc[-5:]) > 35 > 20 > np.mean(acc[:5])
 
@@ -375,7 +375,7 @@ def test_an_interrupted_command_resumes_to_the_same_file(tmp_path, monkeypatch):
 
 def test_resuming_with_other_flags_is_refused(tmp_path, monkeypatch, fails):
     """Fails if a checkpoint of another run is continued, or ends in a traceback."""
-    torch.save({"method": {}, "results": {}, "wall_s": 0.0, "made_with": {"arch": "resnet20", "dataset": "fashion", "weights": None, "wbits": 3}}, tmp_path / "checkpoint.pt")
+    torch.save({"method": {}, "results": {}, "wall_s": 0.0, "made_with": {"arch": "resnet20", "dataset": "fashion", "weights": None, "method": "gdfq", "wbits": 3}}, tmp_path / "checkpoint.pt")
     line = fails(gdfq, f"--resume --batch-size 8 --g-width 8 --out {tmp_path}")
     assert "another --wbits (3, now 4)" in line and not (tmp_path / "log.jsonl").exists()
 
@@ -401,8 +401,8 @@ def test_every_flag_is_read_and_documented():
         if action.dest == "help":
             continue
         assert action.help and len(action.help) > 15, action.dest
-        assert f"args.{action.dest}" in source or action.dest in gdfq.METHOD_FLAGS or action.dest == "recipe", action.dest
-    for name in gdfq.METHOD_FLAGS:
+        assert f"args.{action.dest}" in source or action.dest in gdfq.method_defaults() or action.dest == "recipe", action.dest
+    for name in gdfq.method_defaults():
         assert name in inspect.signature(GDFQ).parameters and len(re.findall(rf"\b{name}\b", inspect.getsource(GDFQ))) > 1, name
 
 
@@ -436,6 +436,11 @@ def test_help_needs_no_network_and_under_three_seconds():
     ("--out {root}/README.md/x", "cannot be written"),
     ("--device tpu9", "not usable here"),
     ("--batch-size 0", "--batch-size"),
+    ("--warmup-epochs 10", "less than --epochs"),
+    ("--ema-momentum 1", "--ema-momentum"),
+    ("--arch inception_v3", "too small"),
+    ("--method finetune-real --resume", "writes no checkpoints"),
+    ("--dataset {root}/tests --arch resnet18", "no val/ folder"),
     ("--lr -1", "--lr"),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(command, says, fails, tmp_path, monkeypatch):
