@@ -493,22 +493,25 @@ class GDFQ:
         stats = {}
         if real is None:
             x, y, logits, stats = self.generator_step()
-        if self.iteration >= self.warmup and real is None:
-            self.buffer.append((x.to(torch.bfloat16) if self.amp else x, y, logits))  # half precision, half the memory
-            if len(self.buffer) > self.buffer_size:
-                self.buffer.pop(self.draw(self.buffer_size))  # any but the newest
+            if self.iteration >= self.warmup:
+                self.buffer.append((x.to(torch.bfloat16) if self.amp else x, y, logits))  # under autocast x holds bf16 anyway
+                if len(self.buffer) > self.buffer_size:
+                    self.buffer.pop(self.draw(self.buffer_size))  # any but the newest
         if self.iteration >= self.warmup:
             for i in range(self.student_steps):
-                if real is not None:
-                    x, y = next(real)
-                    logits = self.teacher_logits(x)
-                elif i > 0:  # the first of the student's steps is on the newest batch
-                    x, y, logits = self.buffer[self.draw(len(self.buffer))]
-                stats |= self.student_step(x.float(), y, logits)
+                stats |= self.student_step(*self.student_batch(real, newest=i == 0))
         self.iteration += 1
         if self.iteration == self.warmup:
             self.calibrate()
         return stats
+
+    def student_batch(self, real, newest: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, labels and M's logits for a student step: the newest generated batch, any kept one, or real images."""
+        if real is not None:
+            x, y = next(real)
+            return x, y, self.teacher_logits(x)
+        x, y, logits = self.buffer[-1 if newest else self.draw(len(self.buffer))]
+        return x.float(), y, logits
 
     def draw(self, n: int) -> int:
         return int(torch.randint(n, (), generator=self.rng))
@@ -624,6 +627,18 @@ def save_grid(method: GDFQ, data: common.Data, path: Path, per_class: int = 10) 
     picture.save(path)
 
 
+def print_table(results: dict, title: str, percentile: float, size_fp: int, size_packed: int, real: bool) -> None:
+    rows = [("full precision", "acc_fp_pct", size_fp),
+            ("PTQ, min and max of noise", "acc_ptq_noise_pct", size_packed),
+            (f"PTQ, {percentile:g} % of noise", "acc_ptq_noise_clipped_pct", size_packed),
+            (f"PTQ, {percentile:g} % of generated images", "acc_ptq_gen_pct", size_packed),
+            ("fine-tuned on real images" if real else "GDFQ", "acc_pct", size_packed)]
+    print(f"\n{title:<44}top-1 %    drop      kB")
+    for label, key, size in rows:
+        if key in results:
+            print(f"{label:<44}{results[key]:>7.2f}{results['acc_fp_pct'] - results[key]:>8.2f}{size / 1000:>8.0f}")
+
+
 # ===== Run ===========================================================================================================
 
 
@@ -680,7 +695,8 @@ def main(args: argparse.Namespace) -> None:
         # The do-nothing row is the paper's quantizer with ranges from Gaussian noise; the row below it clips, and nothing more.
         noise = torch.randn(256, 3, data.size, data.size, generator=torch.Generator().manual_seed(args.seed)).to(device)
         for name, percentile in (("acc_ptq_noise_pct", 100.0), ("acc_ptq_noise_clipped_pct", args.percentile)):
-            evaluate(quantize(model, noise, args.wbits, args.abits, args.first_last_bits, percentile), name)
+            if name == "acc_ptq_noise_pct" or percentile < 100:
+                evaluate(quantize(model, noise, args.wbits, args.abits, args.first_last_bits, percentile), name)
 
     stream = None
     if real:
@@ -725,15 +741,7 @@ def main(args: argparse.Namespace) -> None:
     if not real:
         save_grid(method, data, out / "generated.png")
 
-    rows = [("full precision", "acc_fp_pct", size_fp),
-            ("PTQ, min/max of noise", "acc_ptq_noise_pct", size_packed),
-            (f"PTQ, {args.percentile:g} % of noise", "acc_ptq_noise_clipped_pct", size_packed),
-            (f"PTQ, {args.percentile:g} % of generated images", "acc_ptq_gen_pct", size_packed),
-            ("real data" if real else "GDFQ", "acc_pct", size_packed)]
-    print(f"\n{args.arch} on {data.name}, W{args.wbits}A{args.abits}, last state   top-1 %    drop      kB")
-    for label, key, size in rows:
-        if key in results:
-            print(f"{label:<48}{results[key]:>8.2f}{results['acc_fp_pct'] - results[key]:>8.2f}{size / 1000:>8.0f}")
+    print_table(results, f"{args.arch} on {data.name}, W{args.wbits}A{args.abits}, last state", args.percentile, size_fp, size_packed, real)
     print(f"{out}/: log.jsonl, quantized.pt{'' if real else ', generated.png'}; {wall_s + time.time() - log.t0:.0f} s, "
           f"{common.peak_mib():.0f} MiB")
 

@@ -385,7 +385,7 @@ def test_fine_tuning_on_real_images_runs_in_the_same_table(tmp_path, monkeypatch
     monkeypatch.setattr(common, "accuracy_pct", lambda *a: 12.34)
     common.run(gdfq.main, gdfq.parse, f"--method finetune-real --epochs 2 --warmup-epochs 1 --iters-per-epoch 2 --batch-size 8 --g-width 8 "
                                       f"--calibration-batches 1 --out {tmp_path}".split())
-    assert "real data" in capsys.readouterr().out and not (tmp_path / "generated.png").exists()
+    assert "fine-tuned on real images" in capsys.readouterr().out and not (tmp_path / "generated.png").exists()
 
 
 def test_a_recipe_sets_the_published_values_and_flags_still_win():
