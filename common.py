@@ -416,7 +416,8 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None, devic
     except (RuntimeError, AttributeError, TypeError) as e:
         first = str(e).splitlines()[min(1, str(e).count("\n"))].strip()
         raise InputError(f"{file}: does not fit --arch {arch} with {C} classes: {first}") from None
-    source = f"{file}, {ck['acc_pct']:.2f} % by its own record" if "acc_pct" in ck else f"{file}"
+    shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+    source = f"{shown}, {ck['acc_pct']:.2f} % by its own record" if "acc_pct" in ck else f"{shown}"
     return model.eval(), data._replace(mean=ck.get("mean", data.mean), std=ck.get("std", data.std)), f"{arch}: {source}"
 
 
