@@ -79,7 +79,7 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     prog = Path(sys.argv[0]).name
     try:
         main(parse(argv))
-    except InputError as e:
+    except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
         sys.stderr.write(f"{prog}: error: {' '.join(str(e).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -633,10 +633,12 @@ def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr
                           lr, momentum, nesterov=momentum > 0)
     steps = len(data.train) // batch_size
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, epochs * steps, pct_start=warmup, cycle_momentum=False)
-    state_file, first, acc = save.with_name(save.name + ".resume"), 0, math.nan
+    state_file, first, acc, began = save.with_name(save.name + ".resume"), 0, math.nan, time.time()
     if resume and state_file.exists():
-        s = load_file(state_file, ("model", "opt", "sched", "g", "epoch"), "a pretraining state")
+        s = load_file(state_file, ("model", "opt", "sched", "g", "epoch", "wall_s"), "a pretraining state")
         model.load_state_dict(s["model"]), opt.load_state_dict(s["opt"]), sched.load_state_dict(s["sched"])
+        if log:
+            log.t0 -= s["wall_s"]  # the time of all stretches together
         g.set_state(s["g"])
         first = s["epoch"] + 1
     for epoch in range(first, epochs):
@@ -664,7 +666,7 @@ def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr
             log.write("eval", epoch=epoch + 1, loss=loss_sum / steps, acc_train_pct=100 * hits / n, acc_pct=acc,
                       img_per_s=n / train_s)
         save_atomic({"model": model.state_dict(), "opt": opt.state_dict(), "sched": sched.state_dict(),
-                     "g": g.get_state(), "epoch": epoch}, state_file)
+                     "g": g.get_state(), "epoch": epoch, "wall_s": time.time() - (log.t0 if log else began)}, state_file)
     if first >= epochs:
         acc = accuracy_pct(model.eval(), data, data.test, device)
     state = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
@@ -679,7 +681,10 @@ def main_pretrain(args: argparse.Namespace) -> None:
     data = load_data(args.dataset, args.data_dir)
     if data.train is None:
         raise InputError(f"--dataset {args.dataset}: has no train images; expected a train/ folder beside val/")
-    build_model(args.arch, len(data.classes))  # a wrong name ends here, before anything is written
+    try:  # a wrong name or size ends here, before anything is written
+        build_model(args.arch, len(data.classes)).eval()(torch.zeros(1, 3, data.size, data.size))
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--arch {args.arch}: does not run on the {data.size} px images of {data.name} ({e})") from None
     save = Path(args.save or ROOT / "weights" / f"{data.name}_{args.arch}.pt")
     out = check_out(Path(args.out or Path("runs") / "pretrain" / save.stem))
     check_out(save.parent)

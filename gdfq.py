@@ -80,6 +80,7 @@ from pathlib import Path
 from typing import Iterator
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -91,9 +92,11 @@ from common import InputError, channel_range, fake_quant, number
 # ===== Hyperparameters ===============================================================================================
 
 # The published code's settings for 32 px images, and what changes for ImageNet. `--recipe` sets them; flags still win.
+# "Published" in a help text is that code's value; most of them are not in the paper's text.
 PAPER = dict(epochs=400, iters_per_epoch=200, warmup_epochs=4, batch_size=200, student_steps=1, buffer=1, g_width=128, lr_g=1e-3,
              lr=1e-4, schedule="step", clip=0.0, ce=1.0, temperature=20.0, kd_reduction="mean", percentile=100.0)
 RECIPES = {"fast": {}, "paper": PAPER, "paper-imagenet": PAPER | dict(warmup_epochs=50, batch_size=16, lr=1e-6)}
+
 
 def build_parser() -> argparse.ArgumentParser:
     p = common.Parser(prog="gdfq.py", description=__doc__.split("\n\n")[0])
@@ -105,38 +108,38 @@ def build_parser() -> argparse.ArgumentParser:
     a("--method", default="gdfq", choices=["gdfq", "finetune-real"], help="finetune-real: the same budget on real train images")
     a("--wbits", type=number(int, 2, 8), help="bits of a weight, 2 to 8")
     a("--abits", type=number(int, 2, 8), help="bits of an activation, 2 to 8")
-    a("--first-last-bits", type=number(int, 2, 8), help="bits of the first and last layer's weights; None: --wbits, as in the paper")
+    a("--first-last-bits", type=number(int, 2, 8), help="bits of the first and last layer's weights; None: --wbits, as published")
     a("--evaluate", metavar="FILE", default=None, help="only evaluate a quantized.pt; its last line is the top-1 accuracy")
     a = p.add_argument_group("schedule").add_argument
     a("--recipe", default="fast", choices=list(RECIPES), help="paper, paper-imagenet: the published settings; other flags still win")
-    a("--epochs", type=number(int, 1), help="length of the run; the paper: 400")
-    a("--iters-per-epoch", type=number(int, 1), help="generator steps an epoch; the paper: 200")
-    a("--warmup-epochs", type=number(int, 1), help="epochs in which only the generator learns; the paper: 4, ImageNet 50")
-    a("--batch-size", type=number(int, 2), help="images a step of either network; the paper: 200, ImageNet 16")
-    a("--schedule", choices=["cosine", "step"], help="of both learning rates; the paper: step")
+    a("--epochs", type=number(int, 1), help="length of the run; published: 400")
+    a("--iters-per-epoch", type=number(int, 1), help="generator steps an epoch; published: 200")
+    a("--warmup-epochs", type=number(int, 1), help="epochs in which only the generator learns; published: 4, ImageNet 50")
+    a("--batch-size", type=number(int, 2), help="images a step of either network; published: 200, ImageNet 16")
+    a("--schedule", choices=["cosine", "step"], help="of both learning rates; published: step")
     a("--milestones", type=number(int, 0), nargs="*", help="epochs at which --schedule step multiplies by --gamma")
-    a("--gamma", type=number(float, 0, 1), help="factor at each milestone; the paper: 0.1")
+    a("--gamma", type=number(float, 0, 1), help="factor at each milestone; published: 0.1")
     a = p.add_argument_group("generator").add_argument
     a("--generator", choices=["auto", "embedding", "conditional-bn"],
       help="how the label enters; auto: embedding up to 64 px, conditional BN above, as published")
-    a("--g-width", type=number(int, 2), help="channels of its first convolution; wider is slower. The paper: 128")
-    a("--latent", type=number(int, 1), help="length of the noise vector; the paper: 100")
-    a("--lr-g", type=number(float, 0), help="Adam; the paper: 1e-3")
-    a("--adam-betas", type=number(float, 0, 0.99999), nargs=2, help="Adam; the paper: 0.5 0.999")
-    a("--beta", type=number(float, 0), help="weight of the BN-statistics loss; the paper: 0.1")
+    a("--g-width", type=number(int, 2), help="channels of its first convolution; wider is slower. Published: 128")
+    a("--latent", type=number(int, 1), help="length of the noise vector; published: 100")
+    a("--lr-g", type=number(float, 0), help="Adam; published: 1e-3")
+    a("--adam-betas", type=number(float, 0, 0.99999), nargs=2, help="Adam; published: 0.5 0.999")
+    a("--beta", type=number(float, 0), help="weight of the BN-statistics loss; published: 0.1")
     a = p.add_argument_group("student").add_argument
-    a("--lr", type=number(float, 0), help="SGD Nesterov; too high shows as kd that rises after the warm-up. The paper: 1e-4, ImageNet 1e-6")
-    a("--momentum", type=number(float, 0, 1), help="SGD; the paper: 0.9")
-    a("--weight-decay", type=number(float, 0), help="SGD; the paper: 1e-4")
-    a("--clip", type=number(float, 0), help="largest gradient norm, 0 for none; the paper: none")
-    a("--student-steps", type=number(int, 1), help="student steps a generator step; the paper: 1")
-    a("--buffer", type=number(int, 1), help="generated batches kept for the student, 6 S^2 bytes an image; 1: only the newest, as in the paper")
-    a("--alpha", type=number(float, 0), help="weight of the distillation term; the paper: 1")
-    a("--ce", type=number(float, 0), help="weight of the student's cross-entropy with the sampled label; the paper: 1")
-    a("--temperature", type=number(float, 1e-3), help="T of the distillation; the paper: 20")
+    a("--lr", type=number(float, 0), help="SGD Nesterov; too high shows as kd that rises after the warm-up. Published: 1e-4, ImageNet 1e-6")
+    a("--momentum", type=number(float, 0, 1), help="SGD; published: 0.9")
+    a("--weight-decay", type=number(float, 0), help="SGD; published: 1e-4")
+    a("--clip", type=number(float, 0), help="largest gradient norm, 0 for none; published: none")
+    a("--student-steps", type=number(int, 1), help="student steps a generator step; published: 1")
+    a("--buffer", type=number(int, 1), help="generated batches kept for the student, 6 S^2 bytes an image; 1: only the newest, as published")
+    a("--alpha", type=number(float, 0), help="weight of the distillation term; published: 1")
+    a("--ce", type=number(float, 0), help="weight of the student's cross-entropy with the sampled label; published: 1")
+    a("--temperature", type=number(float, 1e-3), help="T of the distillation; published: 20")
     a("--kd-reduction", choices=["batchmean", "mean"], help="mean: C times weaker, as published")
-    a("--percentile", type=number(float, 50, 100), help="of an activation that its range holds; the paper: 100, min and max")
-    a("--ema-momentum", type=number(float, 0, 0.99999), help="of the activation ranges; the paper: 0.9")
+    a("--percentile", type=number(float, 50, 100), help="of an activation that its range holds; published: 100, min and max")
+    a("--ema-momentum", type=number(float, 0, 0.99999), help="of the activation ranges; published: 0.9")
     a("--calibration-batches", type=number(int, 1), help="generated batches the ranges are averaged over")
     a = p.add_argument_group("run").add_argument
     a("--out", default=None, help="folder for log.jsonl, generated.png, quantized.pt; None: runs/gdfq/<dataset>_<arch>_w4a4_s0")

@@ -292,6 +292,18 @@ def test_broken_weights_are_one_clear_line(tiny, tmp_path):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("command, says", [
+    ("--arch vit_b_16", "does not run on the 32 px"),
+    ("--batch-size 65", "only 64 train images"),
+    ("--save /proc/none/w.pt --arch resnet8 --epochs 1 --batch-size 16", "/proc/none"),
+    ("--epochs 0", "at least 1"),
+])
+def test_a_mistake_in_pretraining_is_one_line(tiny, tmp_path, monkeypatch, fails, command, says):
+    """Fails if a traceback reaches the user."""
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(common, f"pretrain --dataset {tiny} {command}")
+
+
 def test_missing_weights_name_the_command_that_makes_them(tiny):
     """Fails if a network would silently be trained, or evaluated untrained."""
     with pytest.raises(InputError, match="common.py pretrain --arch resnet14"):
