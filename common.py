@@ -661,8 +661,8 @@ def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr
         train_s, n = time.time() - t0, steps * batch_size
         if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
             acc = accuracy_pct(model.eval(), data, data.test, device)
-        print(f"epoch {epoch + 1:3d}/{epochs} | loss {loss_sum / steps:.4f} | train {100 * hits / n:.2f} | test {acc:.2f} | "
-              f"{n / train_s:.0f} img/s", flush=True)
+        print(f"epoch {epoch + 1:3d}/{epochs} | loss {loss_sum / steps:.4f} | train {100 * hits / n:.2f} | "
+              + (f"test {acc:.2f} | " if math.isfinite(acc) else "") + f"{n / train_s:.0f} img/s", flush=True)
         if log:
             log.write("eval", epoch=epoch + 1, loss=loss_sum / steps, acc_train_pct=100 * hits / n, acc_pct=acc,
                       img_per_s=n / train_s)
@@ -726,15 +726,15 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
 
     Accuracies are those of the `end` records, the last state. Everything in a row, the command too, is read from the logs.
     """
-    rows, columns = [], []
+    rows = []
     for folder in sorted(results.glob(f"{script}_*")):
         starts, ends = [], []
         for log in sorted(folder.glob("*.jsonl")):
             records = [json.loads(line) for line in log.open()]
             starts.append([r for r in records if r["event"] == "start"][0])
             ends.append([r for r in records if r["event"] == "end"][-1])
-        columns += [k for end in ends for k in end if k.startswith("acc_") and k not in columns]
         rows.append((folder.name, starts, ends))
+    columns = list(dict.fromkeys(k for _, _, ends in rows for end in ends for k in end if k.startswith("acc_")))
 
     def cell(ends: list[dict], key: str) -> str:
         values = [end[key] for end in ends if end.get(key) is not None]
@@ -742,8 +742,7 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
             return ""
         return f"{np.mean(values):.2f}" + (f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 and np.std(values) > 0 else "")
 
-    heads = [k.removeprefix("acc_").removesuffix("_pct") or "ours" for k in columns]
-    heads = ["**" + h.replace("pct", "ours") + "**" if h == "pct" else h.replace("_", " ") for h in heads]
+    heads = ["**ours**" if k == "acc_pct" else k.removeprefix("acc_").removesuffix("_pct").replace("_", " ") for k in columns]
     lines = ["| row | " + " | ".join(heads) + " | seeds | time | device | command |", "|---" * (len(heads) + 5) + "|"]
     for name, starts, ends in rows:
         command = re.sub(r" --(seed|out|resume|data-dir)( [^-]\S*)?", "", starts[0]["argv"])

@@ -239,7 +239,8 @@ def test_a_table_row_is_mean_and_sample_std_of_the_last_states(tmp_path):
             for r in ({"event": "start", "argv": f"python gdfq.py --wbits 3 --seed {seed}", "device": "cpu", "threads": 2},
                       {"event": "eval", "acc_pct": 99.0}, {"event": "end", "acc_pct": acc, "wall_s": 10.0}):
                 f.write(json.dumps(r) + "\n")
-    row = common.results_table("gdfq", tmp_path).splitlines()[-1]
+    head, _, row = common.results_table("gdfq", tmp_path).splitlines()
+    assert head == "| row | **ours** | seeds | time | device | command |" and row.count("|") == 7
     assert "91.00 +- 1.41" in row and "| 2 | 10 s |" in row and "`python gdfq.py --wbits 3`" in row
 
 
