@@ -65,7 +65,7 @@ Departures from the paper and its code, with the flag that goes back. `--recipe 
         that is off by a third of a step.                                                           --no-amp
 
     python gdfq.py                                        # ResNet-20 on Fashion-MNIST, W4A4: 3 minutes on 2 CPU cores
-    python gdfq.py --arch resnet18 --wbits 4 --abits 4    # pretrains a ResNet-18 first, once: TIME in all
+    python gdfq.py --arch resnet18 --wbits 4 --abits 4    # pretrains a ResNet-18 first, once: 4 minutes in all
     python gdfq.py --dataset cifar100 --recipe paper      # the published settings: days on a CPU
 """
 
