@@ -386,7 +386,8 @@ class GDFQ:
                  adam_betas: tuple[float, float] = (0.5, 0.999), beta: float = 0.1, lr: float = 1e-2, momentum: float = 0.9,
                  weight_decay: float = 1e-4, clip: float = 1.0, student_steps: int = 2, buffer: int = 100, alpha: float = 1.0,
                  ce: float = 0.0, temperature: float = 4.0, kd_reduction: str = "batchmean", percentile: float = 99.95,
-                 ema_momentum: float = 0.9, calibration_batches: int = 30, amp: bool = False, seed: int = 0, device: torch.device | str | None = None):
+                 ema_momentum: float = 0.9, calibration_batches: int = 30, amp: bool = False, seed: int = 0,
+                 device: torch.device | str | None = None):
         check_model(model, image_size)
         if not 1 <= warmup_epochs < epochs:
             raise InputError(f"--warmup-epochs {warmup_epochs}: expected from 1 to less than --epochs, which is {epochs}")
