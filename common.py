@@ -619,10 +619,11 @@ def device_name(device: torch.device) -> str:
 
 def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr: float, momentum: float,
              weight_decay: float, warmup: float, label_smoothing: float, amp: bool, seed: int, device: torch.device,
-             resume: bool, log: RunLog | None = None, command: str = "", eval_every: int = 1) -> float:
+             resume: bool, log: RunLog | None = None, command: str = "", eval_every: int = 1, augment: str = "crop-flip") -> float:
     """Train a network from scratch, write a checkpoint, return its last-epoch test accuracy in percent.
 
-    SGD Nesterov, one-cycle learning rate, crop and flip. `save` gets state_dict, arch, dataset, classes, mean, std,
+    SGD Nesterov, one-cycle learning rate, crop and flip, with augment="trivial" one random operation more an image (colour,
+    contrast, geometry: TrivialAugment, Mueller & Hutter 2021). `save` gets state_dict, arch, dataset, classes, mean, std,
     size, acc_pct, command, seed. `save`.resume is written after every epoch; resume=True goes on from it.
     """
     torch.manual_seed(seed)
@@ -642,10 +643,17 @@ def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr
             log.t0 -= s["wall_s"]  # the time of all stretches together
         g.set_state(s["g"])
         first = s["epoch"] + 1
+    if augment == "trivial":
+        from torchvision.transforms import v2
+
+        policy = v2.TrivialAugmentWide()
     for epoch in range(first, epochs):
         model.train()
+        torch.manual_seed(seed + epoch)  # of dropout and TrivialAugment: an interrupted run goes on with the same draws
         t0, loss_sum, hits = time.time(), 0.0, 0
         for x, y in batches(data.train, batch_size, g, augment=True, drop_last=True):
+            if augment == "trivial":
+                x = torch.stack([policy(image) for image in x])
             with autocast(device, amp):
                 logits = model(to_input(x, data.mean, data.std, device))
             if not isinstance(logits, Tensor):
@@ -698,7 +706,7 @@ def main_pretrain(args: argparse.Namespace) -> None:
     amp = has_fast_bf16(device) if args.amp is None else args.amp
     acc = pretrain(args.arch, data, save, args.epochs, args.batch_size, args.lr, args.momentum, args.weight_decay,
                    args.warmup, args.label_smoothing, amp, args.seed, device, args.resume, log,
-                   " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
+                   " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), augment=args.augment)
     log.write("end", acc_pct=acc, wall_s=time.time() - log.t0, peak_mib=peak_mib(), bytes=save.stat().st_size)
     print(f"{save}: {args.arch} on {data.name}, last epoch top-1 {acc:.2f} %")
 
@@ -787,6 +795,8 @@ def build_parser() -> argparse.ArgumentParser:
     t.add_argument("--warmup", type=number(float, 0, 1), default=0.2, help="share of the steps in which the learning rate rises")
     t.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.0,
                    help="0.1 may add a few tenths; it also keeps every prediction's entropy up, and CEMA reads entropies")
+    t.add_argument("--augment", default="crop-flip", choices=["crop-flip", "trivial"],
+                   help="trivial: TrivialAugment after crop and flip; slower to learn, far better under corruption")
     t.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: where the hardware has it")
     t.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="initialisation, order and augmentation")
     t.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
