@@ -1,0 +1,240 @@
+"""Claims about the corruptions of common.py. Each docstring ends with the change under which the test was seen to fail."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision import io
+from torchvision.transforms.v2 import functional as v2
+
+import common
+from common import (
+    InputError, CORRUPTIONS, HELD_OUT, SEVERITIES, corrupt, corrupted, gaussian_blur, image_streams, motion_blur, shuffle_locally)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")  # torchvision 0.29 recommends TorchCodec
+ALL = CORRUPTIONS + HELD_OUT
+RANDOM = [c for c in ALL if c.endswith("noise")]
+RANDOM += ["glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform", "spatter"]
+SMALL = common.load_data("fashion").test.tensors[0][:64]  # (64, 3, 32, 32)
+COLOUR = torch.randint(0, 256, (4, 3, 28, 28), generator=torch.Generator().manual_seed(0)).float()
+LARGE = F.interpolate(COLOUR, size=224, mode="bicubic").clamp(0, 255).to(torch.uint8)  # smooth, coloured
+GREY = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
+
+
+def run(x, corruption, severity, seed=0, first=0):
+    return corrupt(x, corruption, severity, torch.arange(first, first + len(x)), seed)
+
+
+def in_floats(x, corruption, severity):
+    each = image_streams(torch.arange(len(x)), x.device, corruption, severity, 0)
+    return corrupted(x.float() / 255, corruption, severity, each)
+
+
+# The published parameters do not grow in every respect, so these need not grow at each step.
+NOT_MONOTONE = {
+    "glass_blur": "32 px: one round at severity 3, two at a smaller sigma at 4",
+    "motion_blur": "32 px: severities 3 and 4 have the same sigma, and differ in taps beyond 4 sigma only",
+    "snow": "severity 3 has larger but fewer flakes than 2",
+    "frost": "ice is added, but the image is dimmed, too: on grey the two cancel",
+    "elastic_transform": "the affine part shrinks as the displacement grows",
+    "saturate": "severities 1 and 2 take colour away, 3 to 5 add some; 1 to 3 do nothing to grey images",
+}
+NOT_EVEN_FARTHER = [("elastic_transform", 32), ("elastic_transform", 224), ("frost", 224), ("saturate", 224)]  # 5 than 1
+
+
+@pytest.mark.parametrize("corruption", ALL)
+@pytest.mark.parametrize("x", [SMALL, LARGE], ids=["32px", "224px"])
+def test_severity_is_monotone(x, corruption):
+    """Mean distance from the clean image grows. Fails if severities index the table backwards."""
+    d = [(run(x, corruption, s).float() - x.float()).abs().mean().item() for s in range(1, 6)]
+    if corruption not in NOT_MONOTONE:
+        assert d == sorted(d) and d[0] > 0 and len(set(d)) == 5, d
+    elif (corruption, x.shape[-1]) not in NOT_EVEN_FARTHER:
+        assert d[4] > d[0], d
+    else:
+        assert min(d) > 1, d
+
+
+def test_every_corruption_has_five_severities_at_both_sizes():
+    """15 + 4 names, no two severities alike. Fails if a row of the table lacks a value or a size."""
+    assert len(CORRUPTIONS) == 15 and len(HELD_OUT) == 4 and set(ALL) == set(SEVERITIES)
+    assert all(len(sizes) == 2 and all(len(set(five)) == len(five) == 5 for five in sizes) for sizes in SEVERITIES.values())
+
+
+@pytest.mark.parametrize("corruption", ALL)
+def test_output_is_uint8_of_the_same_shape_and_severity_0_is_clean(corruption):
+    """Fails if floats are returned, or if severity 0 is taken as the last of the table."""
+    for x in (SMALL[:3], LARGE[:1]):
+        y = run(x, corruption, 5)
+        assert y.dtype == torch.uint8 and y.shape == x.shape
+        assert torch.equal(run(x, corruption, 0), x)
+
+
+@pytest.mark.parametrize("corruption", ALL)
+def test_floats_stay_in_0_1(corruption):
+    """Severity 5 on images with black and white. Fails if the last clamp goes: then noise, snow, fog or frost leave the range."""
+    y = in_floats(SMALL[:8], corruption, 5)
+    assert y.min() >= 0 and y.max() <= 1 and y.isfinite().all()
+
+
+@pytest.mark.parametrize("corruption", ALL)
+def test_an_image_is_corrupted_alike_in_every_batch(corruption):
+    """Alone, and as number 3 of 7. Fails if one generator runs through the batch."""
+    for severity in (1, 3, 5):
+        together = run(SMALL[:7], corruption, severity)
+        alone = torch.cat([run(SMALL[i:i + 1], corruption, severity, first=i) for i in range(7)])
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("corruption", RANDOM)
+def test_same_seed_same_image_other_seed_or_index_another(corruption):
+    """Fails if the seed, or the index, is left out of the key."""
+    x = SMALL[:1].expand(4, -1, -1, -1)
+    y = run(x, corruption, 5)
+    assert torch.equal(y, run(x, corruption, 5))
+    assert all(not torch.equal(a, b) for a, b in zip(y, run(x, corruption, 5, seed=1)))
+    assert not torch.equal(y[0], y[1]) and not torch.equal(y[1], y[2])
+
+
+def test_random_numbers_do_not_depend_on_the_process():
+    """Numbers written down once. Fails if the key holds Python's hash(), which differs from process to process."""
+    each = image_streams(torch.tensor([0, 9999]), torch.device("cpu"), "fog", 3, 0)
+    assert each(lambda i, g: torch.randint(1000, (3,), generator=g)).tolist() == [[90, 724, 920], [259, 202, 394]]
+
+
+def test_streams_of_images_draws_severities_and_corruptions_are_independent():
+    """Correlation of 4,096 normal numbers below 5 / sqrt(n). Fails if the severity, or the draw's number, is not in the key."""
+    rows = []
+    for corruption, severity in (("fog", 1), ("fog", 2), ("snow", 1)):
+        each = image_streams(torch.arange(30), torch.device("cpu"), corruption, severity, 0)
+        rows += [each(lambda i, g: torch.randn(4096, generator=g)) for _ in range(2)]
+    corr = torch.corrcoef(torch.cat(rows)) - torch.eye(180)
+    assert corr.abs().max() < 5 / 64
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_noise_has_the_standard_deviation_of_the_table(severity):
+    """On mid-grey. Fails if shot noise divides by another number than it multiplied with, or if speckle noise is not times x."""
+    small = {c: SEVERITIES[c][0][severity - 1] for c in ("gaussian_noise", "speckle_noise", "shot_noise", "impulse_noise")}
+    x = 128 / 255
+    sd = {c: (in_floats(GREY, c, severity) - x).std().item() for c in ("gaussian_noise", "speckle_noise", "shot_noise")}
+    assert sd["gaussian_noise"] == pytest.approx(small["gaussian_noise"], rel=0.02)
+    assert sd["speckle_noise"] == pytest.approx(small["speckle_noise"] * x, rel=0.02)
+    assert sd["shot_noise"] == pytest.approx((x / small["shot_noise"]) ** 0.5, rel=0.02)
+    y = in_floats(GREY, "impulse_noise", severity)
+    for value in (0, 1):  # half of the share each, with a binomial error
+        assert (y == value).float().mean().item() == pytest.approx(small["impulse_noise"] / 2, rel=0.15)
+
+
+def test_noise_is_drawn_for_each_channel():
+    """Grey images get coloured noise. Fails if one plane of noise is shared by the channels."""
+    for corruption in ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise"):
+        y = in_floats(GREY, corruption, 5)
+        assert np.corrcoef(y[:, 0].flatten(), y[:, 1].flatten())[0, 1] < 0.05
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_contrast_keeps_the_channel_means(severity):
+    """And scales the deviations by c. Fails if the mean is one for all channels, or if 224 px use the parameters of 32."""
+    x, y = LARGE.float() / 255, in_floats(LARGE, "contrast", severity)
+    assert torch.allclose(y.mean((2, 3)), x.mean((2, 3)), atol=1e-5)
+    assert torch.allclose(y.std((2, 3)), x.std((2, 3)) * SEVERITIES["contrast"][1][severity - 1], atol=1e-5)
+
+
+def in_hsv(x, change):
+    """change(h, s, v) of every pixel, with Python's colorsys."""
+    pixels = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*p))) for p in x.permute(0, 2, 3, 1).reshape(-1, 3).tolist()]
+    return torch.tensor(pixels).view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("severity", [1, 3, 4, 5])
+def test_brightness_and_saturate_equal_python_colorsys(severity):
+    """Pixel by pixel, with black, grey and coloured ones. Fails if c is added to RGB, or if grey has another hue than 0."""
+    x = torch.cat([LARGE[:2, :, ::7, ::7], SMALL[:2]])  # (4, 3, 32, 32)
+    c = SEVERITIES["brightness"][0][severity - 1]
+    a, b = SEVERITIES["saturate"][0][severity - 1]
+    floats = x.float() / 255
+    bright = in_hsv(floats, lambda h, s, v: (h, s, min(v + c, 1)))
+    assert torch.allclose(in_floats(x, "brightness", severity), bright, atol=1e-5)
+    vivid = in_hsv(floats, lambda h, s, v: (h, min(max(a * s + b, 0), 1), v))
+    assert torch.allclose(in_floats(x, "saturate", severity), vivid, atol=1e-5)
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_pixelate_equals_box_resizing_with_pillow(severity):
+    """Up to Pillow's rounding, with int(c S) blocks a side. Fails if blocks come from area interpolation, or are round(c S)."""
+    Image = pytest.importorskip("PIL.Image")
+    for x, S, sizes in ((SMALL[:8], 32, 0), (LARGE, 224, 1)):
+        n = int(S * SEVERITIES["pixelate"][sizes][severity - 1])
+        images = [Image.fromarray(i.permute(1, 2, 0).numpy()).resize((n, n), Image.BOX).resize((S, S), Image.BOX) for i in x]
+        pillow = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
+        y = run(x, "pixelate", severity)
+        assert (y.int() - pillow.int()).abs().max() <= 1
+    ramp = torch.arange(224, dtype=torch.uint8).expand(1, 3, 224, 224)
+    assert len(run(ramp, "pixelate", severity).unique()) == int(224 * SEVERITIES["pixelate"][1][severity - 1])
+
+
+def test_jpeg_equals_torchvision_round_trip():
+    """At the table's quality. Fails if 5 is added to the quality."""
+    for x, sizes in ((SMALL[:8], 0), (LARGE, 1)):
+        for severity in range(1, 6):
+            q = SEVERITIES["jpeg_compression"][sizes][severity - 1]
+            ours = torch.stack([io.decode_jpeg(io.encode_jpeg(i, quality=q)) for i in x])
+            assert torch.equal(run(x, "jpeg_compression", severity), ours)
+
+
+@pytest.mark.parametrize("corruption", [c for c in ALL if c.endswith("blur")] + ["elastic_transform", "pixelate"])
+def test_blurs_leave_a_flat_image_as_it_is(corruption):
+    """No dark borders, kernels sum to 1. Fails if borders are padded with zeros, or if the disk's soft edge is cut off."""
+    large = GREY[:2, :, :1, :1].expand(-1, -1, 224, 224)
+    for severity in range(1, 6):
+        assert torch.equal(run(GREY, corruption, severity), GREY)
+        assert torch.equal(run(large, corruption, severity), large)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 1.0, 3.0])
+def test_gaussian_blur_equals_torchvision_inside(sigma):
+    """Away from the borders. Fails if sigma is taken for a variance, or if weights do not sum to 1."""
+    x, r = LARGE.float() / 255, int(4 * sigma + 0.5)
+    inside = slice(r, 224 - r)
+    torchvision = v2.gaussian_blur(x, [2 * r + 1] * 2, [sigma] * 2)
+    assert torch.allclose(gaussian_blur(x, sigma)[..., inside, inside], torchvision[..., inside, inside], atol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [1, 2, 4])
+def test_glass_only_moves_pixels(reach):
+    """The shuffle is a permutation and most pixels move. Fails if pixels that swap at the same time can meet (step = 2 reach)."""
+    x = torch.arange(3 * 40 * 40).view(1, 3, 40, 40).expand(2, -1, -1, -1).float()
+    y = shuffle_locally(x, reach, 2, torch.rand(2, 2, 2, 40, 40))
+    assert torch.equal(y.flatten(2).sort().values, x.flatten(2))
+    assert torch.equal(y[:, 1] - y[:, 0], x[:, 1] - x[:, 0])  # channels move together
+    assert (y != x).float().mean() > 0.6
+
+
+def test_motion_blur_is_one_sided_and_follows_its_angle():
+    """A white dot grows a tail of Gaussian weights to one side. Fails if the kernel is symmetric, or if x and y are exchanged."""
+    dot = torch.zeros(2, 1, 33, 33)
+    dot[:, :, 16, 16] = 1
+    y = motion_blur(dot, 4, 2.0, torch.tensor([0.0, 90.0]))
+    weights = torch.exp(-torch.arange(9.0) ** 2 / 8)
+    assert torch.allclose(y[0, 0, 16, 8:17].flip(0), weights / weights.sum(), atol=1e-6)
+    assert torch.allclose(y[1, 0, 8:17, 16].flip(0), weights / weights.sum(), atol=1e-6)
+    assert y.sum().item() == pytest.approx(2, abs=1e-5)
+
+
+def test_zoom_blur_leaves_the_centre_and_smears_the_rim():
+    """Fails if the images shrink instead of growing: then zeros come in from outside."""
+    y = in_floats(LARGE, "zoom_blur", 5) - LARGE / 255
+    assert y[..., 108:116, 108:116].abs().mean() < 0.5 * y.abs().mean()
+    assert in_floats(GREY, "zoom_blur", 5).min() > 0.5
+
+
+def test_unknown_names_and_severities_are_input_errors():
+    """With the nearest names. Fails if they end in a KeyError or IndexError."""
+    with pytest.raises(InputError, match="gausian_noise.*gaussian_noise"):
+        run(GREY, "gausian_noise", 1)
+    for severity in (-1, 6):
+        with pytest.raises(InputError, match="severity"):
+            run(GREY, "fog", severity)
