@@ -629,16 +629,21 @@ def device_name(device: torch.device) -> str:
 
 def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr: float, momentum: float,
              weight_decay: float, warmup: float, label_smoothing: float, amp: bool, seed: int, device: torch.device,
-             resume: bool, log: RunLog | None = None, command: str = "", eval_every: int = 1, augment: str = "crop-flip") -> float:
-    """Train a network from scratch, write a checkpoint, return its last-epoch test accuracy in percent.
+             resume: bool, log: RunLog | None = None, command: str = "", eval_every: int = 1, augment: str = "crop-flip",
+             init: str | None = None) -> float:
+    """Train a network from scratch, or from the checkpoint `init`; write a checkpoint, return its last-epoch test accuracy in percent.
 
-    SGD Nesterov, one-cycle learning rate, crop and flip, with augment="trivial" one random operation more an image (colour,
-    contrast, geometry: TrivialAugment, Mueller & Hutter 2021). `save` gets state_dict, arch, dataset, classes, mean, std,
+    SGD Nesterov, one-cycle learning rate, crop and flip. augment="trivial": one random operation more an image (colour,
+    contrast, geometry: TrivialAugment, Mueller & Hutter 2021). "trivial-noise": and Gaussian noise, of a standard deviation
+    uniform in [0, 0.15], on half of the images. `save` gets state_dict, arch, dataset, classes, mean, std,
     size, acc_pct, command, seed. `save`.resume is written after every epoch; resume=True goes on from it.
     """
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)  # order and augmentation; on the CPU, so every device sees the same images
-    model = build_model(arch, len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = build_model(arch, len(data.classes))
+    if init:
+        model.load_state_dict(load_file(init, ("state_dict",), "a checkpoint")["state_dict"])
+    model.to(device, memory_format=torch.channels_last)
     decay = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]  # BN affine and biases: no weight decay
     opt = torch.optim.SGD([{"params": decay, "weight_decay": weight_decay}, {"params": other, "weight_decay": 0.0}],
@@ -653,7 +658,7 @@ def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr
             log.t0 -= s["wall_s"]  # the time of all stretches together
         g.set_state(s["g"])
         first = s["epoch"] + 1
-    if augment == "trivial":
+    if augment != "crop-flip":
         from torchvision.transforms import v2
 
         policy = v2.TrivialAugmentWide()
@@ -662,8 +667,11 @@ def pretrain(arch: str, data: Data, save: Path, epochs: int, batch_size: int, lr
         torch.manual_seed(seed + epoch)  # of dropout and TrivialAugment: an interrupted run goes on with the same draws
         t0, loss_sum, hits = time.time(), 0.0, 0
         for x, y in batches(data.train, batch_size, g, augment=True, drop_last=True):
-            if augment == "trivial":
+            if augment != "crop-flip":
                 x = torch.stack([policy(image) for image in x])
+            if augment == "trivial-noise":
+                sd = 255 * 0.15 * torch.rand(len(x), 1, 1, 1) * (torch.rand(len(x), 1, 1, 1) < 0.5)
+                x = (x + sd * torch.randn(x.shape)).round_().clamp_(0, 255).to(torch.uint8)
             with autocast(device, amp):
                 logits = model(to_input(x, data.mean, data.std, device))
             if not isinstance(logits, Tensor):
@@ -705,6 +713,8 @@ def main_pretrain(args: argparse.Namespace) -> None:
         build_model(args.arch, len(data.classes)).eval()(torch.zeros(1, 3, data.size, data.size))
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--arch {args.arch}: does not run on the {data.size} px images of {data.name} ({e})") from None
+    if args.init:
+        find_weights(args.arch, args.dataset, data, args.init, device)  # says what does not fit
     save = Path(args.save or ROOT / "weights" / f"{data.name}_{args.arch}.pt")
     out = check_out(Path(args.out or Path("runs") / "pretrain" / save.stem))
     check_out(save.parent)
@@ -716,7 +726,7 @@ def main_pretrain(args: argparse.Namespace) -> None:
     amp = has_fast_bf16(device) if args.amp is None else args.amp
     acc = pretrain(args.arch, data, save, args.epochs, args.batch_size, args.lr, args.momentum, args.weight_decay,
                    args.warmup, args.label_smoothing, amp, args.seed, device, args.resume, log,
-                   " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), augment=args.augment)
+                   " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), augment=args.augment, init=args.init)
     log.write("end", acc_pct=acc, wall_s=time.time() - log.t0, peak_mib=peak_mib(), bytes=save.stat().st_size)
     print(f"{save}: {args.arch} on {data.name}, last epoch top-1 {acc:.2f} %")
 
@@ -1124,8 +1134,9 @@ def build_parser() -> argparse.ArgumentParser:
     t.add_argument("--warmup", type=number(float, 0, 1), default=0.2, help="share of the steps in which the learning rate rises")
     t.add_argument("--label-smoothing", type=number(float, 0, 1), default=0.0,
                    help="0.1 may add a few tenths; it also keeps every prediction's entropy up, and CEMA reads entropies")
-    t.add_argument("--augment", default="crop-flip", choices=["crop-flip", "trivial"],
-                   help="trivial: TrivialAugment after crop and flip; slower to learn, far better under corruption")
+    t.add_argument("--augment", default="crop-flip", choices=["crop-flip", "trivial", "trivial-noise"],
+                   help="trivial: TrivialAugment after crop and flip; slower to learn, far better under corruption. -noise: and Gaussian noise")
+    t.add_argument("--init", default=None, help="checkpoint of the same --arch and classes to start from; None: random weights")
     t.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: where the hardware has it")
     t.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="initialisation, order and augmentation")
     t.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
