@@ -179,10 +179,12 @@ def tiny(tmp_path):
     return tmp_path / "tiny.npz"
 
 
-def test_pretraining_resumed_equals_uninterrupted_bitwise(tiny, tmp_path, monkeypatch):
-    """Fails if the shuffling generator or the momentum is not in the checkpoint."""
+@pytest.mark.parametrize("augment", ["crop-flip", "trivial-noise"])
+def test_pretraining_resumed_equals_uninterrupted_bitwise(tiny, tmp_path, monkeypatch, augment):
+    """Fails if the shuffling generator or the momentum is not in the checkpoint, or torch is not seeded anew each epoch."""
     def go(name, resume=False):
-        common.pretrain("resnet8", common.load_data(str(tiny)), tmp_path / name, 3, 16, 0.1, 0.9, 5e-4, 0.3, 0.0, False, 0, CPU, resume)
+        common.pretrain("resnet8", common.load_data(str(tiny)), tmp_path / name, 3, 16, 0.1, 0.9, 5e-4, 0.3, 0.0, False, 0, CPU, resume,
+                        augment=augment)
         return torch.load(tmp_path / name, weights_only=True)["state_dict"]
 
     whole = go("whole.pt")
@@ -200,6 +202,15 @@ def test_pretraining_resumed_equals_uninterrupted_bitwise(tiny, tmp_path, monkey
     monkeypatch.setattr(common, "accuracy_pct", evaluate)
     parts = go("parts.pt", resume=True)
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_pretraining_goes_on_from_a_checkpoint(tiny, tmp_path):
+    """With next to no learning rate the weights are those of --init. Fails if they are random."""
+    data = common.load_data(str(tiny))
+    for name, kw in (("first.pt", {}), ("second.pt", dict(init=str(tmp_path / "first.pt")))):
+        common.pretrain("resnet8", data, tmp_path / name, 1, 16, 1e-12 if kw else 0.1, 0.9, 5e-4, 0.3, 0.0, False, 0, CPU, False, **kw)
+    a, b = (torch.load(tmp_path / n, weights_only=True)["state_dict"] for n in ("first.pt", "second.pt"))
+    assert torch.allclose(a["conv1.weight"], b["conv1.weight"], atol=1e-6)
 
 
 def test_pretrain_command_writes_a_checkpoint_that_knows_itself(tiny, tmp_path):
