@@ -41,7 +41,8 @@ Protocol: the questions that are otherwise asked in issues.
     come from?                 uploads; from then on they move in the cloud only, on uploaded and replayed images, and come down
                                with the parameters. The cloud's forward normalises by these running statistics too; its
                                gradient flows through the batch's (batch renormalisation). --bn batch: those of each batch at
-                               hand. --bn source: those of training. BN adapt, Tent and ETA use each batch's, as published.
+                               hand. --bn source: those of training. --bn edge (ours): a running mean over all images, kept by the
+                               edge and sent up with the uploads. BN adapt, Tent and ETA use each batch's, as published.
     Predict or update first?   Predict. An image is scored with parameters that never saw it.
     Who sees labels?           Nobody. They are counted by the loop below, outside every method.
     When is all forgotten?     --order reset: at the start of each corruption, as in the paper's tables.
@@ -144,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--replay-only", action=argparse.BooleanOptionalAction, help="a step on replayed images alone when no upload step ran. Published: on")
     a("--freeze-foundation", action=argparse.BooleanOptionalAction, help="f is not adapted")
     a("--download-every", type=number(int, 1), help="K, batches. Published: 1")
-    a("--bn", choices=["ema", "batch", "source"], help="where BN statistics come from, see the protocol block. Published: ema")
+    a("--bn", choices=["ema", "batch", "source", "edge"], help="where BN statistics come from, see the protocol block. Published: ema")
     a("--affine", nargs="+", choices=["bn", "ln", "gn"], help="norm layers whose weight and bias move. Published: bn")
     a("--reset-every", type=number(int, 0), help="cloud steps between returns to the source networks (RDumb); 0: never")
     a("--pull-to-source", type=number(float, 0, 1), help="share of the way back to source after each step (ROID: 0.01); 0: none")
@@ -243,9 +244,9 @@ class FromBytes(nn.Module):
 
 class AdaptiveBN(nn.Module):
     """A BatchNorm whose statistics come from training ("source"), from the batch at hand ("batch"), or from a running mean of the
-    test stream ("ema"); weight and bias are the original's.
+    test stream ("ema": of what the cloud sees; "edge": of what the edge sees); weight and bias are the original's.
 
-    "ema" normalises by the running statistics. In train mode, the cloud's, the gradient flows through the batch's statistics
+    The last two normalise by the running statistics. In train mode, the cloud's, the gradient flows through the batch's statistics
     (batch renormalisation, Ioffe 2017: x_hat = (x - mu_B) / sd_B * r + d with r, d constant, equal in value to (x - mu) / sd),
     and the running ones move. Without the renormalisation the gradient would not see that weights upstream change mu and sd.
     """
@@ -255,7 +256,7 @@ class AdaptiveBN(nn.Module):
         self.weight, self.bias, self.eps, self.mode, self.momentum = bn.weight, bn.bias, bn.eps, mode, momentum
         self.register_buffer("running_mean", bn.running_mean.clone())
         self.register_buffer("running_var", bn.running_var.clone())
-        self.seeding = 0.0  # see `seeded_by`
+        self.seeding = 0.0  # see `averaging`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "batch":
@@ -278,9 +279,9 @@ class AdaptiveBN(nn.Module):
 
 
 @contextmanager
-def seeded_by(model: nn.Module, share: float):
+def averaging(model: nn.Module, share: float):
     """Within it a forward of `model` averages the batch's statistics into the running ones; share 1 takes them over, 0 does nothing."""
-    layers = [m for m in model.modules() if isinstance(m, AdaptiveBN) and m.mode == "ema"] if share else []
+    layers = [m for m in model.modules() if isinstance(m, AdaptiveBN) and m.mode in ("ema", "edge")] if share else []
     for m in layers:
         m.seeding = share
     yield
@@ -289,7 +290,7 @@ def seeded_by(model: nn.Module, share: float):
 
 
 def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",)) -> tuple[nn.Module, list[nn.Parameter], list[Tensor]]:
-    """A copy of `model` that can be adapted, its affine parameters, and its BN statistics (means and variances; [] unless "ema").
+    """A copy of `model` that can be adapted, its affine parameters, and its BN statistics (means and variances; [] unless they run).
 
     Only the affine parameters of norm layers of these kinds require a gradient. Raises InputError if there are none.
     """
@@ -305,7 +306,7 @@ def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",)) -> tuple[nn
         have = [k for k, t in types.items() if any(isinstance(m, t) for m in model.modules())]
         raise InputError(f"the network has no norm layers of the kinds {' '.join(kinds)}, so nothing can adapt; " +
                          (f"--affine {' '.join(have)}, or another network" if have else "choose another network"))
-    stats = [t for m in model.modules() if isinstance(m, AdaptiveBN) and m.mode == "ema" for t in (m.running_mean, m.running_var)]
+    stats = [t for m in model.modules() if isinstance(m, AdaptiveBN) and m.mode in ("ema", "edge") for t in (m.running_mean, m.running_var)]
     return model.eval(), affine, stats
 
 
@@ -442,7 +443,9 @@ class Edge:
         self.model.requires_grad_(False)
         self.counts, self.e0, self.e_min, self.lam, self.dynamic = counts, e0, e_min, lam, dynamic
         self.warmup_batches, self.d_margin, self.select, self.seed_images = warmup_batches, d_margin, select, seed_images
-        self.sizes = [sum(t.numel() for t in part) for part in (self.affine, self.stats)]
+        self.keeps_stats = bn == "edge"
+        self.download = self.affine + ([] if self.keeps_stats else self.stats)
+        self.sizes = [sum(t.numel() for t in self.affine), 0 if self.keeps_stats else sum(t.numel() for t in self.stats)]
         self.rng = torch.Generator().manual_seed(seed)
         self.version, self.batches, self.h_sum, self.h_n, self.h_warm, self.mean_probs = 0, 0, 0.0, 0, 0.0, None
         self.e_max = e0
@@ -453,18 +456,20 @@ class Edge:
         for message in arrived:
             try:
                 self.version, values = decode_download(message, *self.sizes, self.version)
-                fill(self.affine + self.stats, values)
+                fill(self.download, values)
             except Refused:
                 self.counts["refused_messages"] += 1  # and the last good parameters stay
         t0 = time.perf_counter()
-        seeding = self.version == 0 and self.h_n < self.seed_images
-        with seeded_by(self.model, len(x) / (self.h_n + len(x)) if seeding else 0.0):
+        share = len(x) / (self.h_n + len(x)) if self.h_n < self.seed_images and (self.version == 0 or self.keeps_stats) else 0.0
+        if self.keeps_stats:  # 0.1 a batch of 64 images, whatever the batch size
+            share = max(share, 1 - 0.9 ** (len(x) / 64))
+        with averaging(self.model, share):
             logits = self.model(x)
         self.counts["edge_inference_s"] += time.perf_counter() - t0
         self.counts["edge_forwards"] += len(x)
         chosen = self.choose(logits.float())
         # The cloud's twin must normalise as the edge does. Until a download shows that it does, its statistics travel along.
-        stats = self.stats if self.version == 0 else []
+        stats = self.stats if self.version == 0 or self.keeps_stats else []
         return logits, encode_upload(x[chosen.to(x.device)], stats) if chosen.any() else None
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -521,7 +526,7 @@ class Adapted:
             if not isinstance(m, AdaptiveBN):
                 m.training = False  # dropout and stochastic depth stay off
         device = self.affine[0].device
-        with torch.set_grad_enabled(learn), common.autocast(device, amp), seeded_by(self.model, float(learn and not self.seeded)):
+        with torch.set_grad_enabled(learn), common.autocast(device, amp), averaging(self.model, float(learn and not self.seeded)):
             logits = self.model(x).float()
         self.seeded = self.seeded or learn
         return logits
@@ -561,6 +566,10 @@ class Twin(Adapted):
         self.pending = torch.empty(0, 3, size, size, dtype=torch.uint8)
         self.replay, self.added = torch.empty(replay, 3, size, size, dtype=torch.uint8), 0  # 3 kB an image of 32 px
         self.rng = torch.Generator().manual_seed(seed)
+        self.bn = bn
+        for m in self.model.modules():
+            if isinstance(m, AdaptiveBN) and bn == "edge":
+                m.momentum = 0.0  # the edge's statistics, and nobody else moves them
         self.steps, self.version, self.h_ema = 0, 0, None  # a version is a number of steps: the newer one is the larger
 
     @property
@@ -609,7 +618,7 @@ class Cloud:
         n_stats = sum(t.numel() for t in twin.stats)
         try:
             images, stats = decode_upload(message, self.image_size, n_stats)
-            if len(stats) and twin.steps == 0:
+            if len(stats) and (twin.steps == 0 or twin.bn == "edge"):
                 parts = stats.split([t.numel() for t in twin.stats])
                 if any((var < 0).any() for var in parts[1::2]):
                     raise Refused("negative variance")
@@ -633,7 +642,7 @@ class Cloud:
         self.rounds[edge] += 1
         if twin.version < twin.steps and self.rounds[edge] % self.download_every == 0:
             twin.version = twin.steps
-            return encode_download(twin.version, twin.affine, twin.stats)
+            return encode_download(twin.version, twin.affine, [] if twin.bn == "edge" else twin.stats)
         return None
 
     def foundation(self, x: Tensor, learn: bool) -> Tensor:

@@ -202,7 +202,7 @@ def test_seeding_averages_to_the_statistics_of_all_images_together(sizes):
     layer, n = nn.Sequential(both_bn("ema")[1]).eval(), 0
     for part in x.split(sizes):
         n += len(part)
-        with cema.seeded_by(layer, len(part) / n):
+        with cema.averaging(layer, len(part) / n):
             layer(part)
     assert torch.allclose(layer[0].running_mean, x.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(layer[0].running_var, x.var((0, 2, 3), correction=0), rtol=1e-4)
@@ -412,7 +412,7 @@ def test_the_edge_answers_before_anything_is_learned_of_a_batch():
         if t:
             assert len(pending) == 1
             edge = one_edge()
-            cema.fill(edge.affine + edge.stats, cema.decode_download(pending[0][1], *edge.sizes, 0)[1])
+            cema.fill(edge.download, cema.decode_download(pending[0][1], *edge.sizes, 0)[1])
             assert torch.allclose(got, edge.model(x[t]), atol=1e-5) and not torch.allclose(got, model(x[t]), atol=1e-3)
 
 
@@ -433,6 +433,26 @@ def test_the_twin_starts_from_the_edges_statistics():
     logits, upload = method.edges[0].step(images(16), [])
     method.cloud.receive(upload, 0)
     assert all(torch.equal(a, b) for a, b in zip(method.edges[0].stats, method.cloud.twins[0].stats)) and method.cloud.twins[0].seeded
+
+
+@pytest.mark.parametrize("select", ["none", "all"])
+def test_an_edge_that_keeps_its_own_statistics_averages_over_all_images(select):
+    """--bn edge: also over those it does not upload; the twin takes them over, and downloads hold affine parameters only.
+    Fails if the twin moves them, or a download overwrites them."""
+    method = quick(bn="edge", select=select, seed_images=1, lr=0.1)
+    edge, twin = method.edges[0], method.cloud.twins[0]
+    bn, first = bn_layers(edge.model)[0], edge.model.net.conv1
+    mean = None
+    for t in range(4):
+        x = images(16, t) // (t + 1)
+        mu = first(common.to_input(x, [0.5] * 3, [0.25] * 3, CPU)).mean((0, 2, 3))
+        share = 1.0 if t == 0 else 1 - 0.9 ** (16 / 64)
+        mean = mu if mean is None else (1 - share) * mean + share * mu
+        method.step(x)
+        assert torch.allclose(bn.running_mean, mean, atol=1e-5)
+        if select == "all":
+            assert all(torch.equal(a, b) for a, b in zip(edge.stats, twin.stats))
+    assert (edge.version > 0) == (method.counts["bytes_down"] > 0) == (select == "all") and method.counts["bytes_down_stats"] == 0
 
 
 def test_uploads_wait_until_a_cloud_batch_is_full():
