@@ -757,7 +757,7 @@ def at_root(monkeypatch):
 
 
 def run(command: str) -> None:
-    common.run(cema.main, cema.build_parser().parse_args, command.split())
+    common.run(cema.main, cema.parse, command.split())
 
 
 def records(folder: Path) -> list[dict]:
@@ -898,6 +898,13 @@ def test_single_images_with_batch_statistics_are_warned_about(tmp_path, at_root,
     """Fails if the note goes."""
     run(TINY + f"{tmp_path}/a --images 3 --batch-size 1")
     assert "note: with --batch-size 1" in capsys.readouterr().out
+
+
+def test_a_recipe_sets_its_values_and_flags_still_win():
+    """In any order. Fails if the recipe overwrites an explicit flag."""
+    args = cema.parse("--lr 0.5 --recipe few-classes".split())
+    assert (args.lr, args.bn, args.eta_lr) == (0.5, "batch", cema.RECIPES["few-classes"]["eta_lr"])
+    assert cema.parse([]).lr == 2.5e-3 and cema.parse([]).bn == "ema"
 
 
 def test_every_flag_is_read_and_documented():
