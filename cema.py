@@ -61,6 +61,9 @@ Departures and choices, with the flag that goes back. [?] could not be checked a
     D6  Frozen f: its affine parameters stay, its BN statistics still follow --bn.                  --freeze-foundation
     D7  bf16 autocast in the cloud, where the hardware has it. The edge computes in fp32.           --no-amp
 
+    D8  --bn edge, and --recipe few-classes, which makes --bn batch and higher learning rates the defaults: with 10 classes the
+        uploads are the hard classes, and statistics of uploads alone misfit the easy ones. The README has the figures.
+
     python cema.py                                               # 5 corruptions x 2,000 images, all methods
     python cema.py --corruptions all --images 10000              # the full protocol
     python cema.py --link-delay 50 --link-drop 0.3 --link-corrupt 0.01
@@ -132,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--e-min", type=number(float, 0), help="as a share of ln C; 0 uploads the surest images, too. Published: 0.02")
     a("--d-margin", type=number(float, 0, 1), help="EATA's redundancy filter: |cos| with the mean prediction below this; 0: off. Published: off, or 0.05")
     a("--select", choices=["entropy", "random", "all", "none"], help="random: as many images of the batch as entropy would choose")
-    a("--seed-images", type=number(int, 1), help="first images whose BN statistics the edge averages (--bn ema). Published: the first batch, 64")
+    a("--seed-images", type=number(int, 1), help="first images whose BN statistics the edge averages (--bn ema, edge). Published: one batch of 64")
     a = p.add_argument_group("cloud").add_argument
     a("--lr", type=number(float, 0), help="SGD on the twin; too high shows as accuracy that falls along the stream. Published: 2.5e-3")
     a("--lr-f", type=number(float, 0), help="SGD on f. Published: 2.5e-4")
@@ -149,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--freeze-foundation", action=argparse.BooleanOptionalAction, help="f is not adapted")
     a("--download-every", type=number(int, 1), help="K, batches. Published: 1")
     a("--bn", choices=["ema", "batch", "source", "edge"], help="where BN statistics come from, see the protocol block. Published: ema")
+    a("--bn-momentum", type=number(float, 0, 1), help="share of a batch in running statistics (--bn ema, edge). Published: 0.1")
     a("--affine", nargs="+", choices=["bn", "ln", "gn"], help="norm layers whose weight and bias move. Published: bn")
     a("--reset-every", type=number(int, 0), help="cloud steps between returns to the source networks (RDumb); 0: never")
     a("--pull-to-source", type=number(float, 0, 1), help="share of the way back to source after each step (ROID: 0.01); 0: none")
@@ -254,7 +258,7 @@ class AdaptiveBN(nn.Module):
     and the running ones move. Without the renormalisation the gradient would not see that weights upstream change mu and sd.
     """
 
-    def __init__(self, bn: _BatchNorm, mode: str, momentum: float = 0.1):
+    def __init__(self, bn: _BatchNorm, mode: str, momentum: float):
         super().__init__()
         self.weight, self.bias, self.eps, self.mode, self.momentum = bn.weight, bn.bias, bn.eps, mode, momentum
         self.register_buffer("running_mean", bn.running_mean.clone())
@@ -292,7 +296,7 @@ def averaging(model: nn.Module, share: float):
         m.seeding = 0.0
 
 
-def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",)) -> tuple[nn.Module, list[nn.Parameter], list[Tensor]]:
+def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",), momentum: float = 0.1) -> tuple[nn.Module, list[nn.Parameter], list[Tensor]]:
     """A copy of `model` that can be adapted, its affine parameters, and its BN statistics (means and variances; [] unless they run).
 
     Only the affine parameters of norm layers of these kinds require a gradient. Raises InputError if there are none.
@@ -301,7 +305,7 @@ def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",)) -> tuple[nn
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm) and child.running_mean is not None and child.weight is not None:
-                setattr(parent, name, AdaptiveBN(child, bn))
+                setattr(parent, name, AdaptiveBN(child, bn, momentum))
     types = {"bn": AdaptiveBN, "ln": nn.LayerNorm, "gn": nn.GroupNorm}
     layers = [m for m in model.modules() if isinstance(m, tuple(types[k] for k in kinds)) and m.weight is not None]
     affine = [p.requires_grad_(True) for m in layers for p in (m.weight, m.bias) if p is not None]
@@ -441,11 +445,12 @@ class Edge:
     """
 
     def __init__(self, model: nn.Module, counts: Counter, bn: str, affine: list[str], e0: float, e_min: float, lam: float, dynamic: bool,
-                 warmup_batches: int, d_margin: float, select: str, seed_images: int, seed: int):
+                 warmup_batches: int, d_margin: float, select: str, seed_images: int, bn_momentum: float, seed: int):
         self.model, self.affine, self.stats = configure(model, bn, affine)
         self.model.requires_grad_(False)
         self.counts, self.e0, self.e_min, self.lam, self.dynamic = counts, e0, e_min, lam, dynamic
-        self.warmup_batches, self.d_margin, self.select, self.seed_images = warmup_batches, d_margin, select, seed_images
+        self.warmup_batches, self.d_margin, self.select = warmup_batches, d_margin, select
+        self.seed_images, self.bn_momentum = seed_images, bn_momentum
         self.keeps_stats = bn == "edge"
         self.download = self.affine + ([] if self.keeps_stats else self.stats)
         self.sizes = [sum(t.numel() for t in self.affine), 0 if self.keeps_stats else sum(t.numel() for t in self.stats)]
@@ -463,10 +468,7 @@ class Edge:
             except Refused:
                 self.counts["refused_messages"] += 1  # and the last good parameters stay
         t0 = time.perf_counter()
-        share = len(x) / (self.h_n + len(x)) if self.h_n < self.seed_images and (self.version == 0 or self.keeps_stats) else 0.0
-        if self.keeps_stats:  # 0.1 a batch of 64 images, whatever the batch size
-            share = max(share, 1 - 0.9 ** (len(x) / 64))
-        with averaging(self.model, share):
+        with averaging(self.model, self.share(len(x))):
             logits = self.model(x)
         self.counts["edge_inference_s"] += time.perf_counter() - t0
         self.counts["edge_forwards"] += len(x)
@@ -474,6 +476,16 @@ class Edge:
         # The cloud's twin must normalise as the edge does. Until a download shows that it does, its statistics travel along.
         stats = self.stats if self.version == 0 or self.keeps_stats else []
         return logits, encode_upload(x[chosen.to(x.device)], stats) if chosen.any() else None
+
+    def share(self, n: int) -> float:
+        """What a batch of n images weighs in the running statistics that the edge makes: all it has at first, and later nothing.
+
+        ABLATE: without this average over the first images, --batch-size 1 begins with the statistics of one image.
+        """
+        if self.version and not self.keeps_stats:
+            return 0.0  # the cloud's have come
+        first = n / (self.h_n + n) if self.h_n < self.seed_images else 0.0
+        return max(first, 1 - (1 - self.bn_momentum) ** (n / self.seed_images)) if self.keeps_stats else first
 
     def choose(self, logits: Tensor) -> Tensor:
         """Which images to upload.  (B, C) -> (B,) bool."""
@@ -517,8 +529,8 @@ def moving_mean(mean: Tensor | None, probs: Tensor) -> Tensor | None:
 class Adapted:
     """A network in the cloud that learns: its affine parameters, its optimizer, and the way back to where it began."""
 
-    def __init__(self, model: nn.Module, bn: str, affine: list[str], lr: float, momentum: float):
-        self.model, self.affine, self.stats = configure(model, bn, affine)
+    def __init__(self, model: nn.Module, bn: str, affine: list[str], bn_momentum: float, lr: float, momentum: float):
+        self.model, self.affine, self.stats = configure(model, bn, affine, bn_momentum)
         self.opt = torch.optim.SGD(self.affine, lr, momentum)
         self.source, self.seeded = [p.detach().clone() for p in self.affine], False
 
@@ -564,15 +576,14 @@ class Adapted:
 class Twin(Adapted):
     """The cloud's copy of one edge's network, with that edge's uploads and replay buffer."""
 
-    def __init__(self, model: nn.Module, bn: str, affine: list[str], lr: float, momentum: float, size: int, replay: int, seed: int):
-        super().__init__(model, bn, affine, lr, momentum)
+    def __init__(self, model: nn.Module, bn: str, affine: list[str], bn_momentum: float, lr: float, momentum: float, size: int,
+                 replay: int, seed: int):
+        # --bn edge: the statistics are the edge's, and nobody else moves them.
+        super().__init__(model, bn, affine, 0.0 if bn == "edge" else bn_momentum, lr, momentum)
         self.pending = torch.empty(0, 3, size, size, dtype=torch.uint8)
         self.replay, self.added = torch.empty(replay, 3, size, size, dtype=torch.uint8), 0  # 3 kB an image of 32 px
         self.rng = torch.Generator().manual_seed(seed)
         self.bn = bn
-        for m in self.model.modules():
-            if isinstance(m, AdaptiveBN) and bn == "edge":
-                m.momentum = 0.0  # the edge's statistics, and nobody else moves them
         self.steps, self.version, self.h_ema = 0, 0, None  # a version is a number of steps: the newer one is the larger
 
     @property
@@ -605,11 +616,11 @@ class Twin(Adapted):
 class Cloud:
     """The foundation model f, and a twin of each edge's g. `receive` takes uploads, `work` learns and returns downloads."""
 
-    def __init__(self, edge_model: nn.Module, foundation: nn.Module, edges: int, counts: Counter, *, bn, affine, e0, lr, lr_f, momentum,
+    def __init__(self, edge_model: nn.Module, foundation: nn.Module, edges: int, counts: Counter, *, bn, bn_momentum, affine, e0, lr, lr_f, momentum,
                  alpha, beta, gamma, temperature, cloud_batch, replay, replay_draw, replay_min, replay_only, freeze_foundation,
                  download_every, reset_every, pull_to_source, recover_below, image_size, seed, amp):
-        self.f = Adapted(foundation, bn, affine, lr_f, momentum)
-        self.twins = [Twin(edge_model, bn, affine, lr, momentum, image_size, replay, seed + i) for i in range(edges)]
+        self.f = Adapted(foundation, bn, affine, bn_momentum, lr_f, momentum)
+        self.twins = [Twin(edge_model, bn, affine, bn_momentum, lr, momentum, image_size, replay, seed + i) for i in range(edges)]
         self.counts, self.e0, self.cloud_batch, self.amp, self.image_size = counts, e0, cloud_batch, amp, image_size
         self.loss_weights, self.temperature = (alpha, beta, gamma), temperature
         self.replay_draw, self.replay_min, self.replay_only, self.freeze = replay_draw, replay_min, replay_only, freeze_foundation
@@ -704,7 +715,7 @@ class CEMA:
                  e_min: float = 0.02, d_margin: float = 0.0, select: str = "entropy", seed_images: int = 64, lr: float = 2.5e-3, lr_f: float = 2.5e-4,
                  momentum: float = 0.9, alpha: float = 3.0, beta: float = 3.0, gamma: float = 1.0, temperature: float = 1.0,
                  cloud_batch: int = 32, replay: int = 10_000, replay_draw: int = 96, replay_min: int = 256, replay_only: bool = True,
-                 freeze_foundation: bool = False, download_every: int = 1, bn: str = "ema", affine: list[str] = ("bn",),
+                 freeze_foundation: bool = False, download_every: int = 1, bn: str = "ema", bn_momentum: float = 0.1, affine: list[str] = ("bn",),
                  reset_every: int = 0, pull_to_source: float = 0.0, recover_below: float = 0.0, batch_size: int = 64, seed: int = 0,
                  amp: bool = False, device: torch.device | str | None = None):
         device = torch.device(device or next(edge_model.parameters()).device)
@@ -718,9 +729,10 @@ class CEMA:
                              "raise it, or --replay 0 for none")
         e0, e_min = e0 * math.log(classes[0]), e_min * math.log(classes[0])
         self.links, self.counts = links or [Link()], Counter() if counts is None else counts
-        self.edges = [Edge(edge_model, self.counts, bn, affine, e0, e_min, lam, dynamic, warmup_batches, d_margin, select, seed_images, seed + i)
+        self.edges = [Edge(edge_model, self.counts, bn, affine, e0, e_min, lam, dynamic, warmup_batches, d_margin, select, seed_images,
+                           bn_momentum, seed + i)
                       for i in range(len(self.links))]
-        self.cloud = Cloud(edge_model, foundation, len(self.links), self.counts, bn=bn, affine=affine, e0=e0, lr=lr, lr_f=lr_f,
+        self.cloud = Cloud(edge_model, foundation, len(self.links), self.counts, bn=bn, bn_momentum=bn_momentum, affine=affine, e0=e0, lr=lr, lr_f=lr_f,
                            momentum=momentum, alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, cloud_batch=cloud_batch,
                            replay=replay, replay_draw=replay_draw, replay_min=replay_min, replay_only=replay_only,
                            freeze_foundation=freeze_foundation, download_every=download_every, reset_every=reset_every,

@@ -48,7 +48,7 @@ def quick(**kw) -> CEMA:
 
 def one_edge(**kw) -> Edge:
     defaults = dict(bn="ema", affine=["bn"], e0=E0, e_min=LOW, lam=1.0, dynamic=True, warmup_batches=2, d_margin=0.0, select="entropy",
-                    seed_images=16, seed=0)
+                    seed_images=16, bn_momentum=0.1, seed=0)
     return Edge(kw.pop("model", None) or small(), kw.pop("counts", Counter()), **(defaults | kw))
 
 
@@ -155,7 +155,7 @@ def both_bn(mode: str):
     bn = nn.BatchNorm2d(4)
     bn.weight.data.uniform_(0.5, 2), bn.bias.data.uniform_(-1, 1)
     bn.running_mean.uniform_(-1, 1), bn.running_var.uniform_(0.5, 2)
-    return bn, AdaptiveBN(copy.deepcopy(bn), mode)
+    return bn, AdaptiveBN(copy.deepcopy(bn), mode, 0.1)
 
 
 def test_source_and_batch_statistics_are_torchs_eval_and_train():
@@ -439,14 +439,14 @@ def test_the_twin_starts_from_the_edges_statistics():
 def test_an_edge_that_keeps_its_own_statistics_averages_over_all_images(select):
     """--bn edge: also over those it does not upload; the twin takes them over, and downloads hold affine parameters only.
     Fails if the twin moves them, or a download overwrites them."""
-    method = quick(bn="edge", select=select, seed_images=1, lr=0.1)
+    method = quick(bn="edge", select=select, seed_images=16, lr=0.1)
     edge, twin = method.edges[0], method.cloud.twins[0]
     bn, first = bn_layers(edge.model)[0], edge.model.net.conv1
     mean = None
     for t in range(4):
         x = images(16, t) // (t + 1)
         mu = first(common.to_input(x, [0.5] * 3, [0.25] * 3, CPU)).mean((0, 2, 3))
-        share = 1.0 if t == 0 else 1 - 0.9 ** (16 / 64)
+        share = 1.0 if t == 0 else 0.1
         mean = mu if mean is None else (1 - share) * mean + share * mu
         method.step(x)
         assert torch.allclose(bn.running_mean, mean, atol=1e-5)
