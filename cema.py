@@ -175,7 +175,8 @@ def build_parser() -> argparse.ArgumentParser:
     a("--checkpoint-every", type=number(int, 1), default=500, help="batches between checkpoints")
     a("--log-every", type=number(int, 1), default=10, help="batches between step records")
     a("--plot", nargs="+", metavar="DIR", default=None,
-      help="draw the logs of these folders: one: accuracy over time; several: accuracy against uploads. Writes DIR/../<name>.png; needs matplotlib")
+      help="draw the logs of these folders, nothing else. One: accuracy in each pass of --loop. Several: accuracy against uploads. "
+           "Writes --out, or <first folder>.png; needs matplotlib")
     # CEMA's own defaults stand in CEMA.__init__, once, for those who import the class.
     p.set_defaults(**method_defaults())
     return p
@@ -990,8 +991,8 @@ LABELS = {"source": "source", "bn": "BN adapt", "tent": "Tent", "eta": "ETA", "c
           "foundation_source": "f, source", "foundation": "f, adapted by CEMA"}
 
 
-def plot(folders: list[str]) -> None:
-    """One folder: accuracy of each method over the stream. Several: accuracy against uploads, a line for each --select."""
+def plot(folders: list[str], out: str | None) -> None:
+    """One folder: accuracy of each method in each pass over the stream. Several: accuracy against uploads, a line for each --select."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -1007,15 +1008,14 @@ def plot(folders: list[str]) -> None:
     fig, ax = plt.subplots(figsize=(8, 4))
     if len(folders) == 1:
         for method in [m for m in LABELS if f"acc_{m}_pct" in runs[0][0][-1]]:
-            per_seed = [[(r["iteration"], r["window"][method]) for r in log if r["event"] == "step" and method in r["window"]] for log in runs[0]]
-            if not per_seed[0]:
-                continue
-            n = min(map(len, per_seed))
-            t, acc = np.array([p[:n] for p in per_seed]).mean(0).T
-            width = max(1, n // 100)  # at most 100 points a line
-            t, acc = (a[:n - n % width].reshape(-1, width).mean(1) for a in (t, acc))
-            ax.plot(t, acc, label=LABELS[method], lw=1.2)
-        ax.set_xlabel("batches")
+            evals = [[r for r in log if r["event"] == "eval"] for log in runs[0]]
+            if not evals[0]:
+                raise InputError(f"--plot {folders[0]}: its --order was mixed, which has no passes over single corruptions")
+            n = len({r["domain"] for r in evals[0]})  # a pass visits each domain once
+            acc = np.array([[r[f"acc_{method}_pct"] for r in e] for e in evals]).reshape(len(evals), -1, n).mean(2)  # (seeds, passes)
+            ax.errorbar(range(1, acc.shape[1] + 1), acc.mean(0), acc.std(0, ddof=1) if len(acc) > 1 else None, marker="o", capsize=3,
+                        label=LABELS[method])
+        ax.set_xlabel("pass over the stream")
     else:
         points = {}
         for logs in runs:
@@ -1030,7 +1030,7 @@ def plot(folders: list[str]) -> None:
     ax.set_ylabel("top-1 %")
     ax.grid(alpha=0.3)
     ax.legend()
-    file = Path(folders[0]).with_suffix(".png")
+    file = Path(out or f"{folders[0].rstrip('/')}.png")
     fig.savefig(file, dpi=110, bbox_inches="tight")
     print(file)
 
@@ -1040,7 +1040,7 @@ def plot(folders: list[str]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.plot:
-        return plot(args.plot)
+        return plot(args.plot, args.out)
     device = common.pick_device(args.device)
     amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, domains, keep = load_stream(args)
@@ -1078,7 +1078,7 @@ def main(args: argparse.Namespace) -> None:
     plan = stream.batches(args.batch_size)
     scored = [*args.methods] + (["foundation_source", "foundation"] if args.score_foundation and "cema" in args.methods else [])
     hits = {m: [0] * len(domains) for m in scored}
-    seen, window, begun, first, wall_s, part = [0] * len(domains), Counter(), None, 0, 0.0, 0
+    seen, window, visit, begun, first, wall_s, part = [0] * len(domains), Counter(), Counter(), None, 0, 0.0, 0
     methods = fresh(part)
     checkpoint = out / "checkpoint.pt"
     made_with = {k: v for k, v in common.flat(args).items() if k not in ("out", "resume", "device", "checkpoint_every", "log_every", "plot")}
@@ -1088,7 +1088,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--resume: {checkpoint} was made with another --{changed[0].replace('_', '-')} "
                              f"({state['made_with'].get(changed[0])}, now {made_with[changed[0]]}); repeat its flags, or start anew")
         hits, seen, first, begun, part, wall_s = (state[k] for k in ("hits", "seen", "first", "begun", "part", "wall_s"))
-        window = Counter(state["window"])
+        window, visit = Counter(state["window"]), Counter(state["visit"])
         methods = fresh(part)
         for m, states in state["methods"].items():
             counts[m].update(state["counts"][m])
@@ -1104,6 +1104,7 @@ def main(args: argparse.Namespace) -> None:
     def score(name: str, logits: Tensor, y: Tensor, d: Tensor) -> None:
         right = logits.argmax(1).cpu() == y
         window[name] += int(right.sum())
+        visit[name] += int(right.sum())
         for k in d.unique().tolist():
             hits[name][k] += int(right[d == k].sum())
 
@@ -1127,6 +1128,7 @@ def main(args: argparse.Namespace) -> None:
         for k in d.tolist():
             seen[k] += 1
         window["images"] += len(x)
+        visit["images"] += len(x)
 
         c, n = counts.get("cema", Counter()), sum(seen)
         name = "mixed" if args.order == "mixed" else domains[domain].name
@@ -1142,10 +1144,11 @@ def main(args: argparse.Namespace) -> None:
             log.write("step", iteration=t + 1, domain=name, window={m: 100 * window[m] / window["images"] for m in scored}, **more)
             window.clear()
         if t + 1 == len(plan) or (args.order != "mixed" and stream.where[plan[t + 1][0], 0] != domain):
-            log.write("eval", iteration=t + 1, domain=name, **{f"acc_{m}_pct": 100 * hits[m][domain] / seen[domain] for m in scored})
+            log.write("eval", iteration=t + 1, domain=name, **{f"acc_{m}_pct": 100 * visit[m] / visit["images"] for m in scored})
+            visit.clear()
         if (t + 1) % args.checkpoint_every == 0 and t + 1 < len(plan):
             common.save_atomic({"methods": {m: [o.state_dict() for o in objects] for m, objects in methods.items()}, "hits": hits, "seen": seen,
-                                "first": t + 1, "begun": begun, "part": part, "window": dict(window), "counts": {m: dict(c) for m, c in counts.items()},
+                                "first": t + 1, "begun": begun, "part": part, "window": dict(window), "visit": dict(visit), "counts": {m: dict(c) for m, c in counts.items()},
                                 "made_with": made_with, "wall_s": wall_s + time.time() - log.t0}, checkpoint)
 
     rows = {m: {dom.name: 100 * h / s for dom, h, s in zip(domains, hits[m], seen)} for m in scored}

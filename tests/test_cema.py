@@ -894,6 +894,17 @@ def test_a_users_mistake_gets_one_line(command, words, tmp_path, at_root, fails)
     assert not (tmp_path / "o").exists()
 
 
+def test_a_log_becomes_a_picture(tmp_path, at_root):
+    """One point a pass, from the log alone. Fails if eval records hold running means over all passes."""
+    pytest.importorskip("matplotlib")
+    run(TINY + f"{tmp_path}/a --order lifelong --loop 2 --methods source")
+    evals = [r for r in records(tmp_path / "a") if r["event"] == "eval"]
+    assert [r["domain"] for r in evals] == ["gaussian_noise/5", "contrast/5"] * 2
+    assert [r["acc_source_pct"] for r in evals[:2]] == [r["acc_source_pct"] for r in evals[2:]]
+    run(f"--plot {tmp_path}/a --out {tmp_path}/p.png")
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_single_images_with_batch_statistics_are_warned_about(tmp_path, at_root, capsys):
     """Fails if the note goes."""
     run(TINY + f"{tmp_path}/a --images 3 --batch-size 1")
