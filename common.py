@@ -779,7 +779,7 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
              for k in columns]
     lines = ["| row | " + " | ".join(heads) + " | seeds | time | device | command |", "|---" * (len(heads) + 5) + "|"]
     for name, starts, ends in rows:
-        command = re.sub(r" --(seed|out|resume|data-dir)( [^-]\S*)?", "", starts[0]["argv"])
+        command = re.sub(r" --(seed|out|resume|data-dir)\b( [^-]\S*)?", "", starts[0]["argv"])
         seconds = np.mean([end["wall_s"] for end in ends])
         device = f"{starts[0]['device']}, {starts[0]['threads']} threads"
         lines.append(f"| [{name.removeprefix(script + '_')}](results/{name}) | " + " | ".join(cell(ends, k) for k in columns)
