@@ -819,21 +819,18 @@ def test_resuming_with_other_flags_is_refused(tmp_path, at_root, fails, monkeypa
 
 
 def test_cema_beats_bn_adapt_beats_source(fashion):
-    """A miniature: fog, severity 5, 1,600 images, the edge's own network as foundation, seed 0. Margins are half of the measured ones.
-    Fails with --select none, without distillation, or if downloads are not applied."""
+    """A miniature: contrast, severity 5, 960 images. Margins are half of the smaller measured ones: 42.0 and 8.3 points over seeds 0, 1.
+    Fails with --select none, without distillation, or if affine parameters of downloads are not applied."""
     model, data = fashion
-    torch.manual_seed(0)
-    i = torch.randperm(10_000)[:1600]
-    x = common.corrupt(data.test.tensors[0][i], "fog", 5, i)
-    y = data.test.tensors[1][i]
+    f, d, _ = common.find_weights("resnet20x2", "fashion", data, None, CPU)
+    f = FromBytes(f.to(memory_format=torch.channels_last), d.mean, d.std)
+    i = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))[:960]
+    x, y = common.corrupt(data.test.tensors[0][i], "contrast", 5, i), data.test.tensors[1][i]
     methods = {"source": Baseline("source", model, Counter(), 10), "bn": Baseline("bn", model, Counter(), 10),
-               "cema": CEMA(model, model, image_size=32, amp=common.has_fast_bf16(CPU))}
+               "cema": CEMA(model, f, image_size=32, amp=common.has_fast_bf16(CPU))}
     acc = {k: 100 * np.mean([(m.step(part).argmax(1) == t).float().mean() for part, t in zip(x.split(64), y.split(64))]) for k, m in methods.items()}
-    assert acc["bn"] > acc["source"] + 10 and acc["cema"] > acc["bn"] + MARGIN, acc
-    assert methods["cema"].counts["uploads"] < 0.7 * 1600
-
-
-MARGIN = 1.0
+    assert acc["bn"] > acc["source"] + 20 and acc["cema"] > acc["bn"] + 4, acc
+    assert methods["cema"].counts["uploads"] < 0.6 * 960
 
 
 def test_the_edge_loop_costs_at_most_five_percent_more_than_inference(fashion):
