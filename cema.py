@@ -470,10 +470,10 @@ class Edge:
                 self.counts["refused_messages"] += 1  # and the last good parameters stay
         t0 = time.perf_counter()
         with averaging(self.model, self.share(len(x))):
-            logits = self.model(x)
+            logits = self.model(x).float().cpu()  # also waits for an accelerator: the time below is the inference's
         self.counts["edge_inference_s"] += time.perf_counter() - t0
         self.counts["edge_forwards"] += len(x)
-        chosen = self.choose(logits.float())
+        chosen = self.choose(logits)
         # The cloud's twin must normalise as the edge does. Until a download shows that it does, its statistics travel along.
         stats = self.stats if self.version == 0 or self.keeps_stats else []
         return logits, encode_upload(x[chosen.to(x.device)], stats) if chosen.any() else None
@@ -503,8 +503,7 @@ class Edge:
             chosen &= not_redundant(probs, self.mean_probs, self.d_margin)
             self.mean_probs = moving_mean(self.mean_probs, probs[chosen])
         if self.select == "random":
-            order = torch.randperm(len(H), generator=self.rng).to(H.device)
-            chosen = order < chosen.sum()
+            chosen = torch.randperm(len(H), generator=self.rng) < chosen.sum()
         elif self.select != "entropy":
             chosen = torch.full_like(chosen, self.select == "all")
         return chosen
@@ -804,9 +803,10 @@ class Baseline:
             logits = self.model(x).float()
         if learns:
             self.adapt(logits)
+        logits = logits.detach().cpu()
         self.counts["edge_forwards"] += len(x)
         self.counts["edge_s"] += time.perf_counter() - t0
-        return logits.detach()
+        return logits
 
     def adapt(self, logits: Tensor) -> None:
         if self.kind == "tent":
