@@ -832,7 +832,7 @@ class Baseline:
         self.model.load_state_dict(state["model"])
         if self.opt:
             self.opt.load_state_dict(state["opt"])
-        self.mean_probs = state["mean_probs"]
+        self.mean_probs = state["mean_probs"] if state["mean_probs"] is None else state["mean_probs"].to(self.affine[0].device)
 
 
 # ===== Stream ========================================================================================================
