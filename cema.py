@@ -1083,7 +1083,8 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = out / "checkpoint.pt"
     made_with = {k: v for k, v in common.flat(args).items() if k not in ("out", "resume", "device", "checkpoint_every", "log_every", "plot")}
     if args.resume and checkpoint.exists():
-        state = common.load_file(checkpoint, ("methods", "hits", "seen", "first", "made_with"), "a cema.py checkpoint")
+        state = common.load_file(checkpoint, ("methods", "hits", "seen", "first", "begun", "part", "window", "visit", "counts", "made_with"),
+                                 "a cema.py checkpoint")
         if changed := [k for k in made_with if state["made_with"].get(k) != made_with[k]]:
             raise InputError(f"--resume: {checkpoint} was made with another --{changed[0].replace('_', '-')} "
                              f"({state['made_with'].get(changed[0])}, now {made_with[changed[0]]}); repeat its flags, or start anew")
