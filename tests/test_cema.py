@@ -570,12 +570,13 @@ def test_ways_back_to_source():
 
 
 def test_several_edges_share_f_and_have_a_twin_each():
-    """Batches in turn. Fails if a download goes to another edge."""
+    """Batches in turn. Fails if an upload goes to another twin, or a download to another edge."""
     method = quick(links=[Link(), Link(), Link()])
     for t in range(9):
         method.step(images(16, t) // (1 + t % 3))  # each edge sees its own brightness
     edges, twins = method.edges, method.cloud.twins
     assert len(twins) == 3 and all(e.batches == 3 for e in edges)
+    assert all(twin.replayed == 48 and twin.replay[:48].max() == 255 // (1 + k) for k, twin in enumerate(twins))
     for e, twin in zip(edges, twins):
         e.step(images(2), method.links[edges.index(e)].receive("down"))
         assert torch.equal(e.affine[0], twin.affine[0])
