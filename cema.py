@@ -1096,6 +1096,8 @@ def main(args: argparse.Namespace) -> None:
             for method, s in zip(methods[m], states):
                 method.load_state_dict(s)
         print(f"resuming at batch {first}")
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)  # what came after the checkpoint will come again
+        (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line).get("iteration", 0) <= first))
     else:
         checkpoint.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
