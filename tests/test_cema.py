@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -901,6 +902,15 @@ def test_a_log_becomes_a_picture(tmp_path, at_root):
     assert [r["acc_source_pct"] for r in evals[:2]] == [r["acc_source_pct"] for r in evals[2:]]
     run(f"--plot {tmp_path}/a --out {tmp_path}/p.png")
     assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_readmes_lines_run():
+    """Copied from the README. Fails if a name in them is out of date."""
+    blocks = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(), re.S)
+    lines, = [b for b in blocks if "from cema import" in b]
+    names = dict(my_small_network=small().net, my_large_network=small(1).net, mean=[0.5] * 3, std=[0.25] * 3, my_stream=images(64).split(32))
+    exec(lines, names)
+    assert names["logits"].shape == (32, 10) and names["method"].counts["edge_forwards"] == 64
 
 
 def test_single_images_with_batch_statistics_are_warned_about(tmp_path, at_root, capsys):
