@@ -64,8 +64,8 @@ Departures and choices, with the flag that goes back. [?] could not be checked a
     D8  --bn edge, and --recipe few-classes, which makes --bn batch and higher learning rates the defaults: with 10 classes the
         uploads are the hard classes, and statistics of uploads alone misfit the easy ones. The README has the figures.
 
-    python cema.py                                               # 5 corruptions x 2,000 images, all methods
-    python cema.py --corruptions all --images 10000              # the full protocol
+    python cema.py                                      # 5 corruptions x 2,000 images, all methods: under 3 minutes on one CPU core
+    python cema.py --corruptions all --images 10000     # the full protocol: not run yet, about 40 minutes on one core
     python cema.py --link-delay 50 --link-drop 0.3 --link-corrupt 0.01
 """
 
@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--eta-lr", type=number(float, 0), default=2.5e-4, help="SGD of ETA. Published: 2.5e-4 (ImageNet), 5e-3 (CIFAR-10)")
     a("--eta-d-margin", type=number(float, 0, 1), default=0.4, help="its redundancy filter. Published: 0.05 (ImageNet), 0.4 (CIFAR-10)")
     a = p.add_argument_group("run").add_argument
-    a("--out", default=None, help="folder for log.jsonl; None: runs/cema/<dataset>_<arch>_<order>_s0")
+    a("--out", default=None, help="folder for log.jsonl, or the picture of --plot; None: runs/cema/<dataset>_<arch>_<order>_s0")
     a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of corruptions, order, replay draws and link")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast in all training; None: where the hardware has it")
@@ -684,7 +684,7 @@ class Cloud:
         self.counts["cloud_backwards"] += len(x)
         twin.steps += 1
         H = entropy(g_logits.detach()).mean().item()
-        twin.h_ema = H if twin.h_ema is None else 0.9 * twin.h_ema + 0.1 * H
+        twin.h_ema = H if twin.h_ema is None else 0.9 * twin.h_ema + 0.1 * H  # 0.9 is SAR's
         if (self.reset_every and twin.steps % self.reset_every == 0) or twin.h_ema < self.recover_below:
             twin.reset(), self.f.reset()
             twin.h_ema = None
@@ -707,7 +707,8 @@ class CEMA:
         logits = method.step(x)                                 # the edge's answer; learning happens behind it
 
     Both networks are copied, not touched. Keywords are the flags of build_parser, where each is explained. `links`: one an edge.
-    Raises InputError for networks without norm layers or with different classes, and for a replay buffer smaller than a draw.
+    Raises InputError for networks without norm layers or with different classes, for a replay buffer smaller than a draw, and for
+    an E_min above E_max.
     """
 
     def __init__(self, edge_model: nn.Module, foundation: nn.Module, *, image_size: int, links: list[Link] | None = None,
@@ -727,6 +728,8 @@ class CEMA:
         if 0 < replay < max(replay_min, replay_draw):
             raise InputError(f"--replay {replay}: smaller than --replay-min {replay_min} or --replay-draw {replay_draw}, so it would never be used; "
                              "raise it, or --replay 0 for none")
+        if e_min >= e0 * max(1, lam):
+            raise InputError(f"--e-min {e_min}: not below E_max, which starts at --e0 {e0}, so nothing would ever be uploaded; lower it")
         e0, e_min = e0 * math.log(classes[0]), e_min * math.log(classes[0])
         self.links, self.counts = links or [Link()], Counter() if counts is None else counts
         self.edges = [Edge(edge_model, self.counts, bn, affine, e0, e_min, lam, dynamic, warmup_batches, d_margin, select, seed_images,
@@ -1005,6 +1008,8 @@ def plot(folders: list[str], out: str | None) -> None:
         if not logs:
             raise InputError(f"--plot {folder}: no .jsonl log in it")
         runs.append([[json.loads(line) for line in log.open()] for log in logs])
+        if not all("per_domain" in log[-1] for log in runs[-1]):
+            raise InputError(f"--plot {folder}: not the logs of finished runs of cema.py")
     fig, ax = plt.subplots(figsize=(8, 4))
     if len(folders) == 1:
         for method in [m for m in LABELS if f"acc_{m}_pct" in runs[0][0][-1]]:
@@ -1046,6 +1051,8 @@ def main(args: argparse.Namespace) -> None:
     data, domains, keep = load_stream(args)
     kind = "" if args.recipe == "paper" else f"_{args.recipe}"
     out = common.check_out(Path(args.out or f"runs/cema/{data.name}_{args.arch}_{args.order}{kind}_s{args.seed}"))
+    for arch in (args.arch, args.foundation):  # its checks come before minutes go into its weights
+        configure(common.build_model(arch, len(data.classes)), args.bn, args.affine)
     nets = []
     for arch, weights in ((args.arch, args.weights), (args.foundation, args.foundation_weights)):
         dataset = "imagenet" if len(data.classes) == 1000 else args.dataset if args.stream in ("generated", "cifar-c") else data.name

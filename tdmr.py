@@ -136,7 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     a("--steps", type=number(int, 1), default=600, help="of every student")
     a("--batch-size", type=number(int, 2), default=32, help="labelled images a step")
     a("--unlabelled-batch", type=number(int, 0), default=64, help="unlabelled images a step")
-    a("--lr", type=number(float, 0), default=0.05, help="peak of the one-cycle schedule, SGD Nesterov 0.9; too high shows as NaN")
+    a("--lr", type=number(float, 0), default=0.05, help="peak of the one-cycle schedule, SGD Nesterov; too high shows as NaN")
+    a("--momentum", type=number(float, 0, 1), default=0.9, help="Nesterov momentum")
     a("--weight-decay", type=number(float, 0), default=5e-4, help="on all weights")
     a("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps in which the learning rate rises")
     a("--finetune-lr", type=number(float, 0), default=0.01, help="the same for `finetune`, which has no warm-up from scratch to do")
@@ -505,7 +506,7 @@ class Step1:
 
 def train_student(student: nn.Module, rows: Rows, data: common.Data, *, p: Tensor | None = None, logits_p: Tensor | None = None,
                   schedule: str, A: float, B: float, ce_weight: float, T: float, steps: int, batch_size: int, unlabelled_batch: int,
-                  lr: float, weight_decay: float, warmup: float, amp: bool, seed: int, device: torch.device, name: str, log=None) -> nn.Module:
+                  lr: float, momentum: float, weight_decay: float, warmup: float, amp: bool, seed: int, device: torch.device, name: str, log=None) -> nn.Module:
     """Step 2. p and logits_p teach every row; without both this is training from scratch. Draws depend on the seed alone."""
     tap, teaches = {}, p is not None or logits_p is not None
     head = last_linear(student, data.size, "--target")
@@ -513,7 +514,7 @@ def train_student(student: nn.Module, rows: Rows, data: common.Data, *, p: Tenso
     with seeded(seed):
         psi = nn.Linear(head.in_features, p.shape[1]).to(device) if p is not None else None
     params = [*student.parameters(), *(psi.parameters() if psi else ())]
-    opt = torch.optim.SGD(params, lr, 0.9, weight_decay=weight_decay, nesterov=True)
+    opt = torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, max(lr, 1e-12), max(2, steps), pct_start=warmup, cycle_momentum=False)
     g, split, labels, mean = torch.Generator().manual_seed(seed), rows.views_l * rows.n_l, rows.labels, {}
     student.train()
@@ -705,7 +706,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path, data: common.Dat
     # Step 2: one student a method, all from the same initial weights.
     size_f, size_s = (sum(t.numel() * t.element_size() for t in net.state_dict().values()) for net in (foundation, student))
     how = dict(B=args.kd_weight, ce_weight=args.ce_weight, steps=args.steps, batch_size=args.batch_size, seed=seed,
-               unlabelled_batch=args.unlabelled_batch, weight_decay=args.weight_decay, warmup=args.warmup, amp=amp, device=device, log=log)
+               unlabelled_batch=args.unlabelled_batch, momentum=args.momentum, weight_decay=args.weight_decay, warmup=args.warmup, amp=amp, device=device, log=log)
     for name in methods:
         t0 = time.time()
         if name == "probe":

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import cema
@@ -867,6 +866,9 @@ def test_every_part_fires_under_default_flags(fashion):
     ("--severity 6", "--severity"),
     ("--order sideways", "--order"),
     ("--replay 50", "--replay 50: smaller"),
+    ("--e-min 0.5", "--e-min 0.5: not below E_max"),
+    ("--arch squeezenet1_0", "nothing can adapt"),
+    ("--plot results/gdfq_fashion_w4a4", "not the logs of finished runs of cema.py"),
     ("--affine ln", "no norm layers of the kinds ln"),
     ("--link-drop 1.5", "--link-drop"),
     ("--batch-size 0", "--batch-size"),
