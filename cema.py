@@ -996,12 +996,6 @@ LABELS = {"source": "source", "bn": "BN adapt", "tent": "Tent", "eta": "ETA", "c
 
 def plot(folders: list[str], out: str | None) -> None:
     """One folder: accuracy of each method in each pass over the stream. Several: accuracy against uploads, a line for each --select."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     runs = []
     for folder in folders:
         logs = sorted(Path(folder).glob("*.jsonl"))
@@ -1010,6 +1004,12 @@ def plot(folders: list[str], out: str | None) -> None:
         runs.append([[json.loads(line) for line in log.open()] for log in logs])
         if not all("per_domain" in log[-1] for log in runs[-1]):
             raise InputError(f"--plot {folder}: not the logs of finished runs of cema.py")
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     fig, ax = plt.subplots(figsize=(8, 4))
     if len(folders) == 1:
         for method in [m for m in LABELS if f"acc_{m}_pct" in runs[0][0][-1]]:

@@ -256,7 +256,8 @@ def test_students_start_alike_and_see_the_same_batches(monkeypatch):
     the same images. Fails if a teacher moves the draws, or psi the initial weights."""
     rows = tdmr.make_rows(images(6), torch.arange(6) % 3, images(10, seed=1), 2, 2, 0)
     data = common.Data("t", list("abc"), 32, [0.5] * 3, [0.25] * 3, None, None)
-    how = dict(schedule="constant", A=1.0, B=1.0, ce_weight=1.0, T=4.0, steps=3, batch_size=4, unlabelled_batch=4, lr=0.05, weight_decay=0.0,
+    how = dict(schedule="constant", A=1.0, B=1.0, ce_weight=1.0, T=4.0, steps=3, batch_size=4, unlabelled_batch=4, lr=0.05,
+               momentum=0.9, weight_decay=0.0,
                warmup=0.1, amp=False, seed=0, device=CPU, name="x")
     seen = []
     to_input = common.to_input
