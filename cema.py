@@ -64,7 +64,7 @@ Departures and choices, with the flag that goes back. [?] could not be checked a
     D8  --bn edge, and --recipe few-classes, which makes --bn batch and higher learning rates the defaults: with 10 classes the
         uploads are the hard classes, and statistics of uploads alone misfit the easy ones. The README has the figures.
 
-    python cema.py                                      # 5 corruptions x 2,000 images, all methods: under 3 minutes on one CPU core
+    python cema.py                                      # 5 corruptions x 2,000 images, all methods: 84 s on 2 CPU cores
     python cema.py --corruptions all --images 10000     # the full protocol: not run yet, about 40 minutes on one core
     python cema.py --link-delay 50 --link-drop 0.3 --link-corrupt 0.01
 """
