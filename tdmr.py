@@ -10,18 +10,19 @@ tasks and domains, then *progressive distillation* from it. Everything more prec
 ours, and no number here is or reproduces one of the paper's.
 
 The idea. A foundation model F learned other classes from other images. It stays frozen and runs once over the target images; a
-small map phi, trained on its features in seconds, projects them into a space made for the target task. The target model S then
-learns first to match that space, then its decisions, on labelled and unlabelled target images alike.
+small map, found in a second, projects its features into a space made for the target task. The target model S learns to match
+that space, and ever more its decisions alone, on labelled and unlabelled target images alike.
 
 The algorithm.
 
-    f <- F(x), once for every image and view, cached                                  # F's only forwards
-    step 1, reprogram F:
-        z <- f in its principal directions on the target's own images                 # the domain
-        q <- y where there is a label, else labels spread along the k-NN graph of whitened z
-        phi, W_P <- argmin CE(W_P phi(z), q)                                          # the task
+    f <- F(x), once for every image and view, cached, standardised on the target's own images      # F's only forwards; the domain
+    step 1, reprogram F, in closed form:
+        Sigma <- covariance of f within classes                    # what varies within a class is not the task's
+        q <- y where there is a label, else labels spread along the k-NN graph of Sigma^-1/2 f; Sigma again, from all q
+        phi <- the C-1 directions of Sigma^-1/2 f in which the classes lie apart                    # the task
+        p <- phi f,   o_P = log-posterior of the classes in p, divided by a scale that held-out labels choose
     step 2, reprogram S; t goes from 0 to 1:
-        p, o_P = phi(z), W_P phi(z);   h, o = S's feature and logits for the same view of the same image
+        h, o <- S's feature and logits for the same view of the same image
         S, psi <- S, psi - lr * grad [ CE(o, y) + a(t) A (1 - cos(psi(h), p)) + b(t) B T^2 KL(o_P/T || o/T) ]
 
 Symbols ("paper" is our notation; see above).
@@ -30,10 +31,9 @@ Symbols ("paper" is our notation; see above).
     F          foundation                                      --foundation --foundation-data --foundation-weights
     S          student                                         --target
     f          features         (R, dF), fp16      as F        --taps --views --labelled-views
-    z          (f - mu) @ W     (R, dZ)                        --pca --graph-pca --whiten
-    phi, W_P   proxy.phi, .head                                --d-proxy --dropout --step1-steps --step1-lr
-    q          q                (R, C)             probability --neighbours --spread --sharpen --label-smoothing
-    p, o_P     p, logits_p      (R, dP), (R, C)
+    q          q                (R, C)             probability --neighbours --spread --sharpen
+    phi, p     proxy.phi, p     (dF, C-1), (R, C-1)            --proxy --shrink
+    o_P        proxy.head       (R, C)             logits
     a(t), b(t) progress_weights two floats                     --schedule
     A, B, T    A, B, T          float                          --feature-weight --kd-weight --temperature --probe-temperature
 
@@ -41,15 +41,15 @@ Symbols ("paper" is our notation; see above).
 
 Protocol: the questions that are otherwise asked in issues.
 
-    Which parameters move?     Step 1: phi and W_P. Step 2: all of S, and psi. Never F: neither its weights nor its BN statistics
-                               (it is in eval mode), except in the row `finetune`, on a copy.
+    Which parameters move?     Step 1: phi and the head on it. Step 2: all of S, and psi. Never F: neither its weights nor its BN
+                               statistics (it is in eval mode), except in the row `finetune`, on a copy.
     What is f?                 What enters F's last Linear (the pooled feature, or the CLS token), and the mean and standard
                                deviation over space, or tokens, at up to --taps depths: the last layer is F's old task's.
     What does F see?           The images S sees, resized to F's size where it differs, normalised as F was trained.
     Who sees what?             All methods: the same labelled images, views, batches, initial weights, steps. Every distilling
                                method: the same unlabelled images too. Probe, KD and FitNet get the same cached f as TDMR.
-    Where are test images?     In the accuracy of the last state and nowhere else. The length of step 1 is chosen by the
-                               cross-entropy of a fifth of the labelled images, which are then put back.
+    Where are test images?     In the accuracy of the last state and nowhere else. A fifth of the labelled images chooses the scale
+                               of o_P (and how long the probe trains), and is then put back.
     What is a forward?         One image through F for training (test images of the probe's row are not counted).
     Which images?              The draw depends on --seed and the data alone, and is the same for all methods.
 
@@ -57,8 +57,9 @@ Departures from the spirit of the abstract, with the flag that goes back.
 
     D1  Features of several depths, not the last alone.                                   --taps 0
     D2  Unlabelled images take part in step 1 by label propagation.                       --neighbours 0
-    D3  Logits are distilled from the first step on, beside the features, which fade.  --schedule features-then-logits
-    D4  bf16 autocast in F and in S's training, where the hardware has it.                --no-amp
+    D3  The proxy is Fisher's discriminant space, in closed form, not a trained network.  --proxy mlp
+    D4  Logits are distilled from the first step on, beside the features, which fade.  --schedule features-then-logits
+    D5  bf16 autocast in F and in S's training, where the hardware has it.                --no-amp
 
     python tdmr.py                                              # 20 labelled images a class and 4,000 without labels
     python tdmr.py --unlabelled 0 --methods all                 # the labelled images alone; every ablation
@@ -110,19 +111,20 @@ def build_parser() -> argparse.ArgumentParser:
     a("--labelled-views", type=number(int, 1), default=30, help="the same, of a labelled image; they are few, so F's time hardly grows")
     a("--taps", type=number(int, 0), default=9, help="depths of F whose mean and deviation over space join f; 0: the last feature alone")
     a = p.add_argument_group("step 1: the proxy").add_argument
-    a("--pca", type=number(int, 1), default=128, help="dimensions of z; more let more of F through, and cost parameters in phi")
-    a("--graph-pca", type=number(int, 1), default=256, help="the same for the k-NN graph, where they cost none")
-    a("--whiten", type=number(float, 0), default=0.1, help="the graph's z is divided by sqrt(eigenvalue + this); large values: no whitening, "
-      "then the labels that spread are 5 points worse. phi sees z without whitening: it overfits on a few whitened images")
-    a("--dropout", type=number(float, 0, 0.99), default=0.3, help="of z, while phi trains")
-    a("--d-proxy", type=number(int, 1), default=None, help="width of phi and of p; None: that of the target's feature")
+    a("--proxy", default="discriminant", choices=["discriminant", "mlp"], help="discriminant: closed form. mlp: two layers trained with CE, as "
+      "one would expect; it takes longer and is 1 point behind, at 20 shots without unlabelled images 2")
+    a("--shrink", type=number(float, 1e-6), default=0.03, help="added to the eigenvalues of the covariance within classes, in units of their mean; "
+      "large: no whitening, and the proxy is 6 points worse")
     a("--neighbours", type=number(int, 0), default=10, help="of an image in the k-NN graph; 0: no label propagation")
     a("--spread", type=number(float, 0, 0.9999), default=0.95, help="share of its label that an image takes from its neighbours")
     a("--sharpen", type=number(float, 0.1), default=4.0, help="power of the propagated probabilities, which are too flat")
-    a("--step1-steps", type=number(int, 10), default=600, help="of probe and proxy at most; the held-out fifth chooses one of ten lengths")
-    a("--step1-batch", type=number(int, 2), default=256, help="rows of cached features a step of probe and proxy")
-    a("--step1-lr", type=number(float, 0), default=3e-3, help="AdamW with a cosine schedule, of probe and proxy")
-    a("--step1-weight-decay", type=number(float, 0), default=1e-2, help="AdamW, of probe and proxy")
+    a("--pca", type=number(int, 1), default=64, help="--proxy mlp: dimensions of the whitened f that it sees")
+    a("--dropout", type=number(float, 0, 0.99), default=0.3, help="--proxy mlp: of these, while it trains")
+    a("--d-proxy", type=number(int, 1), default=None, help="--proxy mlp: width of phi and of p; None: that of the target's feature")
+    a("--step1-steps", type=number(int, 10), default=600, help="of the probe, and of --proxy mlp, at most; the held-out fifth chooses one of ten lengths")
+    a("--step1-batch", type=number(int, 2), default=256, help="rows of cached features a step")
+    a("--step1-lr", type=number(float, 0), default=3e-3, help="AdamW with a cosine schedule")
+    a("--step1-weight-decay", type=number(float, 0), default=1e-2, help="AdamW, on all weights of probe and mlp")
     a("--label-smoothing", type=number(float, 0, 0.99), default=0.0, help="of true labels in step 1; a smoothed teacher distils worse")
     a = p.add_argument_group("step 2: the target").add_argument
     a("--schedule", default="fade", choices=SCHEDULES, help="a(t), b(t). fade: features go, logits stay; with few steps the logits of "
@@ -180,15 +182,37 @@ def soft_cross_entropy(logits: Tensor, q: Tensor) -> Tensor:
     return -(q * F.log_softmax(logits, 1)).sum(1).mean()
 
 
-def target_directions(f: Tensor, dims: int, whiten: float | None) -> Tensor:
-    """W of z = (f - mu) W: the `dims` first principal directions of f's *correlations*, each divided by sqrt(eigenvalue + whiten),
-    or all by one number (whiten=None).  (R, dF) -> (dF, dims)
+def class_moments(rows) -> tuple[Tensor, Tensor]:
+    """Class means (C, d) and the covariance (d, d) within classes, from chunks (f (n, d), q (n, C)) with soft labels q.
+
+    With one class for all, q = 1, these are the mean and the covariance.
     """
-    sd = f.std(0).clamp_min(1e-4)
-    eigenvalues, vectors = torch.linalg.eigh(torch.cov(((f - f.mean(0)) / sd).T))  # ascending
-    eigenvalues, vectors = eigenvalues[-dims:].clamp_min(0), vectors[:, -dims:]
-    scale = (eigenvalues + whiten).clamp_min(1e-6).sqrt() if whiten is not None else eigenvalues.mean().sqrt()
-    return vectors / scale / sd[:, None]
+    n = m = s = 0
+    for f, q in rows:
+        n, m, s = n + q.sum(0), m + q.T @ f, s + (f.T * q.sum(1)) @ f
+    means = m / n[:, None]
+    return means, (s - (means.T * n) @ means) / n.sum()
+
+
+def whitening(covariance: Tensor, shrink: float) -> Tensor:
+    """W (d, d) with W^T (S + shrink I) W = I, where S is the covariance in units of its mean eigenvalue."""
+    S = covariance / covariance.diagonal().mean().clamp_min(1e-6)
+    eigenvalues, vectors = torch.linalg.eigh(S.cpu())  # MPS has no eigh
+    return (vectors / (eigenvalues.clamp_min(0) + shrink).sqrt()).to(S.device)
+
+
+def discriminant(means: Tensor, covariance: Tensor, shrink: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Fisher 1936, Rao 1948: the space in which classes of one common covariance lie apart, and their log-posterior there.
+
+    means (C, d), covariance (d, d) within classes -> phi (d, C-1), head weight (C, C-1) and bias (C,):
+        p = f phi,   o_c = p . m_c - |m_c|^2 / 2,   m_c the mean of class c in p
+    Nothing is lost by keeping only C-1 directions: across them all classes have the same mean.
+    """
+    W = whitening(covariance, shrink)
+    m = (means - means.mean(0)) @ W
+    directions = torch.linalg.svd(m.cpu(), full_matrices=False)[2][:max(1, len(m) - 1)].T.to(m.device)
+    m = m @ directions
+    return W @ directions, m, -(m * m).sum(1) / 2
 
 
 def propagate_labels(z: Tensor, y: Tensor, classes: int, neighbours: int, spread: float, iterations: int = 40) -> Tensor:
@@ -307,26 +331,27 @@ class Extractor:
 
 
 class Reprogrammed(nn.Module):
-    """A new head on F's features.  f (B, dF) -> p (B, dP), o_P (B, C):  p = phi((f - mu) W), o_P = W_P p.
+    """A new head on F's features.  f (B, dF) -> p (B, dP), o_P (B, C):  p = phi((f - mu) / sd), o_P = W_P p.
 
-    mu and W are the target's statistics and not trained; a vector W divides each feature by its deviation. The proxy has a matrix W
-    and an MLP phi. With a vector W and the identity for phi it is the linear probe, and p the standardised f.
+    mu and sd are the target's statistics and not trained. phi is the identity for the linear probe, one linear map for the
+    discriminant proxy, and for --proxy mlp a fixed whitening, dropout and two layers.
     """
 
-    def __init__(self, mu: Tensor, W: Tensor, phi: nn.Module, d_proxy: int, classes: int):
+    def __init__(self, mu: Tensor, sd: Tensor, phi: nn.Module, d_proxy: int, classes: int):
         super().__init__()
         self.register_buffer("mu", mu)
-        self.register_buffer("W", W)
+        self.register_buffer("sd", sd)
         self.phi, self.head = phi, nn.Linear(d_proxy, classes)
 
     def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        z = (f - self.mu) @ self.W if self.W.ndim == 2 else (f - self.mu) * self.W
-        p = self.phi(z)
+        p = self.phi((f - self.mu) / self.sd)
         return p, self.head(p)
 
 
-def mlp(d_in: int, d_out: int, dropout: float) -> nn.Module:
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(d_in, d_out), nn.BatchNorm1d(d_out), nn.ReLU(), nn.Linear(d_out, d_out))
+def linear(weight: Tensor) -> nn.Linear:  # (d_in, d_out)
+    layer = nn.Linear(*weight.shape, bias=False)
+    layer.weight.data = weight.T.contiguous()
+    return layer
 
 
 def trainable(model: nn.Module) -> int:
@@ -437,61 +462,88 @@ def fit(net: nn.Module, f: Tensor, q: Tensor, *, steps: int, stop: int, batch: i
 class Step1:
     """Everything that is made of F's features: the linear probe, and the proxy. Keywords are the flags."""
 
-    def __init__(self, rows: Rows, features: Tensor, classes: int, d_proxy: int, *, pca: int, graph_pca: int, whiten: float,
-                 dropout: float, neighbours: int, spread: float, sharpen: float, step1_steps: int, step1_batch: int, step1_lr: float,
-                 step1_weight_decay: float, label_smoothing: float, seed: int, device: torch.device):
+    def __init__(self, rows: Rows, features: Tensor, classes: int, d_student: int, *, proxy: str, shrink: float, neighbours: int,
+                 spread: float, sharpen: float, pca: int, dropout: float, d_proxy: int | None, step1_steps: int, step1_batch: int,
+                 step1_lr: float, step1_weight_decay: float, label_smoothing: float, seed: int, device: torch.device):
         self.rows, self.features, self.classes, self.device, self.steps, self.seed = rows, features, classes, device, step1_steps, seed
+        self.proxy, self.shrink, self.pca, self.dropout, self.d_proxy = proxy, shrink, pca, dropout, d_proxy or d_student
         self.neighbours, self.spread, self.sharpen, self.label_smoothing = neighbours, spread, sharpen, label_smoothing
         self.how = dict(steps=step1_steps, batch=step1_batch, lr=step1_lr, weight_decay=step1_weight_decay, seed=seed)
-        f = features[::max(1, len(features) // 20_000)].float().to(device)  # enough for statistics
-        self.mu, sd, most = f.mean(0), f.std(0).clamp_min(1e-4), min(f.shape[1], len(f) - 1)
-        self.W_graph, W = target_directions(f, min(graph_pca, most), whiten), target_directions(f, min(pca, most), None)
-        self.new = {"probe": lambda: Reprogrammed(self.mu, 1 / sd, nn.Identity(), len(sd), classes).to(device),
-                    "proxy": lambda: Reprogrammed(self.mu, W, mlp(W.shape[1], d_proxy, dropout), d_proxy, classes).to(device)}
+        f = features[::max(1, len(features) // 20_000)].float().to(device)  # enough for these two
+        self.mu, self.sd = f.mean(0), f.std(0).clamp_min(1e-4)
+
+    def chunks(self, used: Tensor, q: Tensor):
+        """Standardised features of the rows `used` (R',) beside q (R', C), some thousands at a time."""
+        for at, part in zip(used.split(4096), q.split(4096)):
+            yield (self.features[at].float().to(self.device) - self.mu) / self.sd, part
 
     def one_hot(self, y: Tensor) -> Tensor:
-        return F.one_hot(y.to(self.device), self.classes).float() * (1 - self.label_smoothing) + self.label_smoothing / self.classes
+        return F.one_hot(y.to(self.device), self.classes).float()
 
     def targets(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows to train the proxy on and q for them, (R',) and (R', C); labels of images outside `keep` (n_l,) bool are not looked at."""
-        r = self.rows
-        q = torch.zeros(r.n_l + r.n_u, self.classes, device=self.device)
-        q[:r.n_l] = self.one_hot(r.y)
-        use = torch.cat([keep, torch.full((r.n_u,), self.neighbours > 0)])
-        if r.n_u and self.neighbours:
-            f = r.image_mean(self.features.float()).to(self.device)
-            known = keep.nonzero()[:, 0]
-            order = torch.cat([known, torch.arange(r.n_l, r.n_l + r.n_u)])  # held-out images take no part at all
-            z = ((f - self.mu) @ self.W_graph)[order.to(self.device)]
-            spread = propagate_labels(z, r.y[known].to(self.device), self.classes, self.neighbours, self.spread)
-            spread = spread[len(known):] ** self.sharpen
-            q[r.n_l:] = spread / spread.sum(1, keepdim=True)
-        used = r.spread_over_views(use[:, None].float())[:, 0].bool().nonzero()[:, 0]
-        return used, r.spread_over_views(q)[used.to(self.device)]
+        """Rows to make the proxy from and q for them, (R',) and (R', C); labels of images outside `keep` (n_l,) bool are not looked at."""
+        r, known = self.rows, keep.nonzero()[:, 0]
+        used = keep.repeat(r.views_l).nonzero()[:, 0]
+        q = self.one_hot(r.labels[used])
+        if not (r.n_u and self.neighbours):
+            return used, q
+        # Which images are alike? Directions in which images of one class differ tell nothing, so they count less. ABLATE: with
+        # shrink=1e6 in this line, which leaves them, the labels that spread are 1 to 2 points worse.
+        W = whitening(class_moments(self.chunks(used, q))[1], self.shrink)
+        order = torch.cat([known, torch.arange(r.n_l, r.n_l + r.n_u)])  # held-out images take no part at all
+        z = ((r.image_mean(self.features.float())[order].to(self.device) - self.mu) / self.sd) @ W
+        q_u = propagate_labels(z, r.y[known].to(self.device), self.classes, self.neighbours, self.spread)[len(known):] ** self.sharpen
+        return (torch.cat([used, torch.arange(r.views_l * r.n_l, len(self.features))]),
+                torch.cat([q, (q_u / q_u.sum(1, keepdim=True)).repeat(r.views_u, 1)]))
 
-    def train(self, name: str) -> tuple[nn.Module, int]:
-        """Probe or proxy: a fifth of the labelled images chooses the length, then it is trained anew on all. -> (net, steps)"""
-        new, r, stop = self.new[name], self.rows, self.steps
-        keep = torch.ones(r.n_l, dtype=torch.bool)
+    def make(self, name: str, keep: Tensor, stop: int, held_out: tuple[Tensor, Tensor] | None = None) -> tuple[nn.Module, list[float]]:
+        """Probe or proxy from the labels of `keep`; with held_out=(f, y), also its cross-entropy there after each tenth of the steps."""
+        if name == "probe":
+            used = keep.repeat(self.rows.views_l).nonzero()[:, 0]
+            q, phi, d = self.one_hot(self.rows.labels[used]), nn.Identity(), len(self.mu)
+        else:
+            used, q = self.targets(keep)
+            means, covariance = class_moments(self.chunks(used, q))
+            if self.proxy == "discriminant":
+                phi, weight, bias = discriminant(means, covariance, self.shrink)
+                net = Reprogrammed(self.mu, self.sd, linear(phi), phi.shape[1], self.classes).to(self.device)
+                net.head.weight.data, net.head.bias.data = weight, bias
+                return net.eval(), []
+            W = whitening(covariance, self.shrink)
+            total = class_moments(self.chunks(used, torch.ones(len(q), 1, device=self.device)))[1]
+            eigenvalues, vectors = torch.linalg.eigh((W.T @ total @ W).cpu())
+            W = W @ (vectors[:, -self.pca:] / eigenvalues[-self.pca:].mean().sqrt()).to(self.device)
+            d = self.d_proxy
+            phi = nn.Sequential(linear(W).requires_grad_(False), nn.Dropout(self.dropout), nn.Linear(W.shape[1], d), nn.BatchNorm1d(d),
+                                nn.ReLU(), nn.Linear(d, d))
+        q = q * (1 - self.label_smoothing) + self.label_smoothing / self.classes
+        net = Reprogrammed(self.mu, self.sd, phi, d, self.classes).to(self.device)
+        return fit(net, self.features[used], q, stop=stop, name=name, held_out=held_out, **self.how)
+
+    def train(self, name: str) -> tuple[nn.Module, dict]:
+        """Probe or proxy. A fifth of the labelled images chooses, by cross-entropy, how long to train, or the scale of the
+        discriminant's logits, which are far too sure. Then all is made anew from all of them.  -> (net, the choice)
+        """
+        r = self.rows
+        every = torch.ones(r.n_l, dtype=torch.bool)
+        keep = every.clone()
         for c in range(self.classes):  # a fifth of each class, none of a class with fewer than five
             mine = (r.y == c).nonzero()[:, 0]
             keep[mine[:len(mine) // 5]] = False
-
-        def data(keep):
-            if name == "proxy":
-                used, q = self.targets(keep)
-            else:
-                used = keep.repeat(r.views_l).nonzero()[:, 0]
-                q = self.one_hot(r.labels[used])
-            return self.features[used], q
-
-        if not keep.all():
-            held = (self.features[:r.n_l][~keep].float().to(self.device), r.y[~keep].to(self.device))  # view 0: the image itself
-            with seeded(self.seed):
-                losses = fit(new(), *data(keep), stop=self.steps, name=name, held_out=held, **self.how)[1]
-            stop = (int(np.argmin(losses)) + 1) * (self.steps // 10)
+        f, y = self.features[:r.n_l][~keep].float().to(self.device), r.y[~keep].to(self.device)  # view 0: the image itself
         with seeded(self.seed):
-            return fit(new(), *data(torch.ones_like(keep)), stop=stop, name=name, **self.how)[0], stop
+            net, losses = (None, []) if keep.all() else self.make(name, keep, self.steps, (f, y))
+        if name == "proxy" and self.proxy == "discriminant":
+            scales = 2.0 ** torch.arange(-2, 8, 0.5)
+            with torch.no_grad():
+                scale = 4.0 if net is None else min(scales.tolist(), key=lambda s: F.cross_entropy(net(f)[1] / s, y).item())
+            net, _ = self.make(name, every, 0)
+            net.head.weight.data /= scale
+            net.head.bias.data /= scale
+            return net, {"scale": scale}
+        stop = (int(np.argmin(losses)) + 1) * (self.steps // 10) if losses else self.steps
+        with seeded(self.seed):
+            return self.make(name, every, stop)[0], {"steps": stop}
 
     @torch.no_grad()
     def teach(self, net: nn.Module) -> tuple[Tensor, Tensor]:
@@ -637,7 +689,7 @@ def labels_of(split) -> Tensor:
 
 def step1_keywords() -> list[str]:
     """The keywords of Step1 that are flags."""
-    return [k for k in inspect.signature(Step1).parameters if k not in ("rows", "features", "classes", "d_proxy", "seed", "device")]
+    return [k for k in inspect.signature(Step1).parameters if k not in ("rows", "features", "classes", "d_student", "seed", "device")]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -688,20 +740,20 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path, data: common.Dat
 
     # Step 1: probe and proxy, each only if a method needs it.
     student = build("--target", args.target, C, seed)
-    d_proxy = args.d_proxy or last_linear(student, data.size, "--target").in_features
-    step1 = Step1(rows, features, C, d_proxy, seed=seed, device=device, **{k: getattr(args, k) for k in step1_keywords()})
+    d_student = last_linear(student, data.size, "--target").in_features
+    step1 = Step1(rows, features, C, d_student, seed=seed, device=device, **{k: getattr(args, k) for k in step1_keywords()})
     teachers, train_s, params, test_features = {}, {}, {}, None
     for name in dict.fromkeys("probe" if m == "probe" else TEACHERS.get(m, (None,))[0] for m in methods):
         if name is None:
             continue
         t0 = time.time()
-        net, stop = step1.train(name)
+        net, choice = step1.train(name)
         teachers[name], train_s[name], params[name] = step1.teach(net), time.time() - t0, trainable(net)
         if test_features is None:
             test_features = cached_features(folder / "features_test.pt", extractor, take(data.test, torch.arange(len(data.test))))
         results[f"acc_{name}_pct"] = acc = head_accuracy_pct(net, test_features, labels_of(data.test), device)
-        log.write("eval", method=name, acc_pct=acc, steps=stop, params=params[name], train_s=train_s[name])
-        print(f"step 1: {name} {acc:.2f} %, {params[name]} parameters, {stop} steps, {train_s[name]:.1f} s", flush=True)
+        log.write("eval", method=name, acc_pct=acc, **choice, params=params[name], train_s=train_s[name])
+        print(f"step 1: {name} {acc:.2f} %, {params[name]} parameters, " + " ".join(f"{k} {v:g}" for k, v in choice.items()) + f", {train_s[name]:.1f} s", flush=True)
 
     # Step 2: one student a method, all from the same initial weights.
     size_f, size_s = (sum(t.numel() * t.element_size() for t in net.state_dict().values()) for net in (foundation, student))
