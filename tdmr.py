@@ -70,6 +70,7 @@ import argparse
 import copy
 import hashlib
 import inspect
+import json
 import math
 import time
 from contextlib import contextmanager
@@ -113,8 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     a = p.add_argument_group("step 1: the proxy").add_argument
     a("--proxy", default="discriminant", choices=["discriminant", "mlp"], help="discriminant: closed form. mlp: two layers trained with CE, as "
       "one would expect; it takes longer and is 1 point behind, at 20 shots without unlabelled images 2")
-    a("--shrink", type=number(float, 1e-6), default=0.03, help="added to the eigenvalues of the covariance within classes, in units of their mean; "
-      "large: no whitening, and the proxy is 6 points worse")
+    a("--shrink", type=number(float, 1e-6), default=0.1, help="added to the eigenvalues of the covariance within classes, in units of their mean; "
+      "very large: no whitening, only the nearest class mean, 8 to 12 points worse")
     a("--neighbours", type=number(int, 0), default=10, help="of an image in the k-NN graph; 0: no label propagation")
     a("--spread", type=number(float, 0, 0.9999), default=0.95, help="share of its label that an image takes from its neighbours")
     a("--sharpen", type=number(float, 0.1), default=4.0, help="power of the propagated probabilities, which are too flat")
@@ -148,6 +149,9 @@ def build_parser() -> argparse.ArgumentParser:
     a("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one run each; several: one folder seed<N> each, and mean +- std")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=argparse.BooleanOptionalAction, default=None, help="bf16 autocast; None: where the hardware has it")
+    a("--plot", nargs="+", metavar="DIR", default=None,
+      help="draw accuracy against --shots from the logs of these folders, one number of shots each, nothing else. Writes --out, or "
+           "<first folder>.png; needs matplotlib")
     return p
 
 
@@ -633,6 +637,40 @@ def print_table(table: dict[str, list[dict]], title: str) -> None:
               f"{mean['step1_s']:>11.1f}{mean['step2_s']:>11.1f}{mean['bytes'] / 1000:>8.0f}")
 
 
+def plot(folders: list[str], out: str | None) -> None:
+    """Accuracy against labelled images a class, a line for each method, mean +- sample std over the logs of a folder."""
+    points = {}
+    for folder in folders:
+        logs = [[json.loads(line) for line in log.open()] for log in sorted(Path(folder).glob("*.jsonl"))]
+        if not logs:
+            raise InputError(f"--plot {folder}: no .jsonl log in it")
+        if not all("trainable_params_step1" in log[-1] for log in logs):
+            raise InputError(f"--plot {folder}: not the logs of finished runs of tdmr.py")
+        for key, method in (("acc_" + m.replace("-", "_") + "_pct", m) for m in METHODS):
+            if key in logs[0][-1]:
+                points.setdefault(method, []).append((logs[0][0]["args"]["shots"], [log[-1][key] for log in logs]))
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    fig, ax = plt.subplots(figsize=(8, 4))
+    for method, line in points.items():
+        shots, acc = zip(*sorted(line))
+        ax.errorbar(shots, [np.mean(a) for a in acc], [np.std(a, ddof=1) if len(a) > 1 else 0 for a in acc], marker="o", capsize=3, label=method)
+    ax.set_xscale("log")
+    ax.set_xticks(shots, [str(n) for n in shots])
+    ax.minorticks_off()
+    ax.set_xlabel("labelled images a class")
+    ax.set_ylabel("top-1 %")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    file = Path(out or f"{folders[0].rstrip('/')}.png")
+    fig.savefig(file, dpi=110, bbox_inches="tight")
+    print(file)
+
+
 # ===== Run ===========================================================================================================
 
 
@@ -693,6 +731,8 @@ def step1_keywords() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.plot:
+        return plot(args.plot, args.out)
     device = common.pick_device(args.device)
     data = common.load_data(args.dataset, args.data_dir)
     if data.train is None:

@@ -454,3 +454,18 @@ def test_nan_stops_the_run_and_names_the_loss(function, says, mini, tmp_path, mo
     loss = getattr(tdmr, function)
     monkeypatch.setattr(tdmr, function, lambda *a: loss(*a) * float("nan"))
     assert says in fails(tdmr, f"--dataset {mini} --methods tdmr --proxy mlp {QUICK} --out {tmp_path}")
+
+
+def test_the_picture_is_drawn_from_logs_and_from_nothing_else(tmp_path, fails, capsys):
+    """A line a method through all folders. Fails if a folder without logs, or with another script's, draws an empty picture."""
+    assert "no .jsonl log" in fails(tdmr, f"--plot {tmp_path}")
+    assert "not the logs of finished runs of tdmr.py" in fails(tdmr, f"--plot {common.ROOT}/results/gdfq_fashion_w4a4")
+    pytest.importorskip("matplotlib")
+    for shots in (5, 20):
+        (tmp_path / str(shots)).mkdir()
+        for seed in (0, 1):
+            records = [{"event": "start", "args": {"shots": shots}},
+                       {"event": "end", "acc_tdmr_pct": 70 + shots + seed, "acc_tdmr_no_proxy_pct": 70, "trainable_params_step1": 1}]
+            (tmp_path / str(shots) / f"s{seed}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    common.run(tdmr.main, tdmr.parse, f"--plot {tmp_path}/5 {tmp_path}/20 --out {tmp_path}/p.png".split())
+    assert (tmp_path / "p.png").stat().st_size > 1000 and "p.png" in capsys.readouterr().out
