@@ -638,17 +638,17 @@ def print_table(table: dict[str, list[dict]], title: str) -> None:
 
 
 def plot(folders: list[str], out: str | None) -> None:
-    """Accuracy against labelled images a class, a line for each method, mean +- sample std over the logs of a folder."""
-    points = {}
+    """Accuracy against labelled images a class, mean +- sample std over a folder's logs; a line for each method that all logs have."""
+    runs = []
     for folder in folders:
         logs = [[json.loads(line) for line in log.open()] for log in sorted(Path(folder).glob("*.jsonl"))]
         if not logs:
             raise InputError(f"--plot {folder}: no .jsonl log in it")
         if not all("trainable_params_step1" in log[-1] for log in logs):
             raise InputError(f"--plot {folder}: not the logs of finished runs of tdmr.py")
-        for key, method in (("acc_" + m.replace("-", "_") + "_pct", m) for m in METHODS):
-            if key in logs[0][-1]:
-                points.setdefault(method, []).append((logs[0][0]["args"]["shots"], [log[-1][key] for log in logs]))
+        runs.append((logs[0][0]["args"]["shots"], [log[-1] for log in logs]))
+    runs.sort(key=lambda run: run[0])
+    shots = [n for n, _ in runs]
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -656,9 +656,11 @@ def plot(folders: list[str], out: str | None) -> None:
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     fig, ax = plt.subplots(figsize=(8, 4))
-    for method, line in points.items():
-        shots, acc = zip(*sorted(line))
-        ax.errorbar(shots, [np.mean(a) for a in acc], [np.std(a, ddof=1) if len(a) > 1 else 0 for a in acc], marker="o", capsize=3, label=method)
+    for method in METHODS:
+        key = "acc_" + method.replace("-", "_") + "_pct"
+        if all(key in end for _, ends in runs for end in ends):
+            acc = [[end[key] for end in ends] for _, ends in runs]
+            ax.errorbar(shots, [np.mean(a) for a in acc], [np.std(a, ddof=1) if len(a) > 1 else 0 for a in acc], marker="o", capsize=3, label=method)
     ax.set_xscale("log")
     ax.set_xticks(shots, [str(n) for n in shots])
     ax.minorticks_off()
