@@ -750,7 +750,9 @@ def main_embed(args: argparse.Namespace) -> None:
 # ===== Results table =================================================================================================
 
 
-COST_COLUMNS = {"uploads_pct": "uploads %", "eta_backwards_pct": "eta learns from %"}  # of `end` records, beside the accuracies
+# Figures of `end` records that stand beside the accuracies.
+COST_COLUMNS = {"uploads_pct": "uploads %", "eta_backwards_pct": "eta learns from %", "trainable_params_step1": "step-1 params",
+                "features_s": "F s", "step1_train_s": "step 1 s", "finetune_s": "finetune s"}
 
 
 def results_table(script: str, results: Path = ROOT / "results") -> str:
@@ -773,7 +775,7 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
         values = [end[key] for end in ends if end.get(key) is not None]
         if not values:
             return ""
-        return f"{np.mean(values):.2f}" + (f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 and np.std(values) > 0 else "")
+        return f"{np.mean(values):.{2 if np.mean(values) < 1000 else 0}f}" + (f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 and np.std(values) > 0 else "")
 
     heads = ["**ours**" if k == "acc_pct" else COST_COLUMNS.get(k) or k.removeprefix("acc_").removesuffix("_pct").replace("_", " ")
              for k in columns]

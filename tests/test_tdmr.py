@@ -288,16 +288,15 @@ def test_the_discriminant_ignores_what_varies_within_a_class():
     assert acc[0] > acc[1] + 10, acc
 
 
-def test_held_out_labels_choose_the_scale_of_the_discriminant():
-    """Its logits are divided by one number, for the same decisions at a lower cross-entropy. Fails if the scale is not applied."""
+def test_the_discriminants_logits_have_the_wanted_spread():
+    """Divided by one number, which moves no decision. Fails if weight or bias is left as it was."""
     rows, f, y = clusters(300, 30)
-    s = step1(rows, f)
+    s = step1(rows, f, logit_std=3.0)
     net, choice = s.train("proxy")
     raw, _ = s.make("proxy", torch.ones(30, dtype=torch.bool), 0)
     with torch.no_grad():
-        o, o_raw = net(f[60:].float())[1], raw(f[60:].float())[1]
-    assert torch.allclose(o * choice["scale"], o_raw, atol=1e-3) and choice["scale"] != 1
-    assert F.cross_entropy(o, y[30:].repeat(2)) < F.cross_entropy(o_raw, y[30:].repeat(2))
+        o, o_raw = net(f.float())[1], raw(f.float())[1]
+    assert torch.allclose(o * choice["scale"], o_raw, atol=1e-3) and (o - o.mean(1, keepdim=True)).std().item() == pytest.approx(3, rel=1e-3)
 
 
 def test_students_start_alike_and_see_the_same_batches(monkeypatch):
