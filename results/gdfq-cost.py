@@ -1,6 +1,6 @@
 """What an iteration of GDFQ's published configuration costs, beside the same iteration written straightforwardly.
 
-    python results/gdfq_cost.py            # ResNet-20, 100 classes, batch 200, generator width 128; minutes on a CPU
+    python results/gdfq-cost.py            # ResNet-20, 100 classes, batch 200, generator width 128; minutes on a CPU
 
 Straightforward: fp32, NCHW, one torch op a line: mean and variance of each BN input, a quantizer of differentiable ops with a
 detached rounding. Same networks, losses, optimizers and batch, in the same process, alternating. The last line is the ratio of
