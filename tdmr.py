@@ -467,12 +467,13 @@ def fit(net: nn.Module, f: Tensor, q: Tensor, *, steps: int, stop: int, batch: i
 class Step1:
     """Everything that is made of F's features: the linear probe, and the proxy. Keywords are the flags."""
 
-    def __init__(self, rows: Rows, features: Tensor, classes: int, d_student: int, *, proxy: str, shrink: float, logit_std: float, neighbours: int,
-                 spread: float, sharpen: float, pca: int, dropout: float, d_proxy: int | None, step1_steps: int,
+    def __init__(self, rows: Rows, features: Tensor, classes: int, d_student: int, *, proxy: str, shrink: float, logit_std: float,
+                 neighbours: int, spread: float, sharpen: float, pca: int, dropout: float, d_proxy: int | None, step1_steps: int,
                  step1_batch: int, step1_lr: float, step1_weight_decay: float, label_smoothing: float, seed: int, device: torch.device):
         self.rows, self.features, self.classes, self.device, self.steps, self.seed = rows, features, classes, device, step1_steps, seed
-        self.proxy, self.shrink, self.logit_std, self.pca, self.dropout, self.d_proxy = proxy, shrink, logit_std, pca, dropout, d_proxy or d_student
+        self.proxy, self.shrink, self.logit_std = proxy, shrink, logit_std
         self.neighbours, self.spread, self.sharpen, self.label_smoothing = neighbours, spread, sharpen, label_smoothing
+        self.pca, self.dropout, self.d_proxy = pca, dropout, d_proxy or d_student
         self.how = dict(steps=step1_steps, batch=step1_batch, lr=step1_lr, weight_decay=step1_weight_decay, seed=seed)
         f = features[::max(1, len(features) // 20_000)].float().to(device)  # enough for these two
         self.mu, self.sd = f.mean(0), f.std(0).clamp_min(1e-4)
