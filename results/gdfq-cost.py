@@ -93,6 +93,7 @@ def main() -> None:
             step()
             if i >= 2:
                 seconds[name].append(time.perf_counter() - t0)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     log = common.RunLog(Path(args.out))
     log.start(args, device)
     rate = {name: method.batch_size / (sum(s) / len(s)) for name, s in seconds.items()}
