@@ -69,7 +69,7 @@ class Plain:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--iterations", type=int, default=10, help="timed ones of each, after two more to warm up")
-    p.add_argument("--out", default=str(ROOT / "results" / "gdfq-cost"), help="folder for log.jsonl")
+    p.add_argument("--out", default="results/gdfq-cost", help="folder for log.jsonl")
     args = p.parse_args()
     device = torch.device("cpu")
     torch.manual_seed(0)
