@@ -996,20 +996,8 @@ LABELS = {"source": "source", "bn": "BN adapt", "tent": "Tent", "eta": "ETA", "c
 
 def plot(folders: list[str], out: str | None) -> None:
     """One folder: accuracy of each method in each pass over the stream. Several: accuracy against uploads, a line for each --select."""
-    runs = []
-    for folder in folders:
-        logs = sorted(Path(folder).glob("*.jsonl"))
-        if not logs:
-            raise InputError(f"--plot {folder}: no .jsonl log in it")
-        runs.append([[json.loads(line) for line in log.open()] for log in logs])
-        if not all("per_domain" in log[-1] for log in runs[-1]):
-            raise InputError(f"--plot {folder}: not the logs of finished runs of cema.py")
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    runs = [common.finished_logs(folder, "per_domain", "cema.py") for folder in folders]
+    plt = common.pyplot()
     fig, ax = plt.subplots(figsize=(8, 4))
     if len(folders) == 1:
         for method in [m for m in LABELS if f"acc_{m}_pct" in runs[0][0][-1]]:

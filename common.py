@@ -775,7 +775,9 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
         values = [end[key] for end in ends if end.get(key) is not None]
         if not values:
             return ""
-        return f"{np.mean(values):.{2 if np.mean(values) < 1000 else 0}f}" + (f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 and np.std(values) > 0 else "")
+        mean = np.mean(values)
+        spread = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 and np.std(values) > 0 else ""
+        return (f"{mean:.2f}" if mean < 1000 else f"{mean:.0f}") + spread
 
     heads = ["**ours**" if k == "acc_pct" else COST_COLUMNS.get(k) or k.removeprefix("acc_").removesuffix("_pct").replace("_", " ")
              for k in columns]
@@ -787,6 +789,27 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
         lines.append(f"| [{name.removeprefix(script + '_')}](results/{name}) | " + " | ".join(cell(ends, k) for k in columns)
                      + f" | {len(ends)} | {seconds:.0f} s | {device} | `{command}` |")
     return "\n".join(lines)
+
+
+def finished_logs(folder: str, key: str, script: str) -> list[list[dict]]:
+    """The logs in a folder, for --plot, one list of records a run. Raises InputError unless each `end` record has `key`."""
+    logs = [[json.loads(line) for line in log.open()] for log in sorted(Path(folder).rglob("*.jsonl"))]
+    if not logs:
+        raise InputError(f"--plot {folder}: no .jsonl log in it")
+    if not all(key in log[-1] for log in logs):
+        raise InputError(f"--plot {folder}: not the logs of finished runs of {script}")
+    return logs
+
+
+def pyplot():
+    """matplotlib.pyplot without a window. Raises InputError where matplotlib is not installed: only --plot needs it."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    return plt
 
 
 def main_table(args: argparse.Namespace) -> None:

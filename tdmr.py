@@ -10,7 +10,7 @@ tasks and domains, then *progressive distillation* from it. Everything more prec
 ours, and no number here is or reproduces one of the paper's.
 
 The idea. A foundation model F learned other classes from other images. It stays frozen and runs once over the target images; a
-small map, found in a second, projects its features into a space made for the target task. The target model S learns to match
+small map, found in seconds, projects its features into a space made for the target task. The target model S learns to match
 that space, and ever more its decisions alone, on labelled and unlabelled target images alike.
 
 The algorithm.
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = common.Parser(prog="tdmr.py", description=__doc__.split("\n\n")[0])
     a = p.add_argument_group("task").add_argument
     a("--foundation", default=None, help="resnet20, resnet20x2, ... or a torchvision name, with torchvision's weights; "
-      "None: resnet20x2 if weights/ has it for --foundation-data, else resnet20")
+      "None: that of --foundation-weights, or resnet20x2")
     a("--foundation-data", default="cifar100", help="what F was trained on: picks weights/<data>_<foundation>.pt")
     a("--foundation-weights", metavar="FILE", default=None, help="a checkpoint of common.py pretrain, or a state_dict that fits --foundation")
     a("--target", default="resnet8", help="the small network, trained from scratch: resnet8, ... or a torchvision name")
@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--step1-batch", type=number(int, 2), default=256, help="rows of cached features a step")
     a("--step1-lr", type=number(float, 0), default=3e-3, help="AdamW with a cosine schedule")
     a("--step1-weight-decay", type=number(float, 0), default=1e-2, help="AdamW, on all weights of probe and mlp")
-    a("--label-smoothing", type=number(float, 0, 0.99), default=0.0, help="of true labels in step 1; a smoothed teacher distils worse")
+    a("--label-smoothing", type=number(float, 0, 0.99), default=0.0, help="of the targets of the probe and of --proxy mlp; Müller et al. 2019: a smoothed teacher distils worse")
     a = p.add_argument_group("step 2: the target").add_argument
     a("--schedule", default="fade", choices=SCHEDULES, help="a(t), b(t). fade: features go, logits stay; with few steps the logits of "
       "features-then-logits come too late")
@@ -383,10 +383,6 @@ class Rows(NamedTuple):
         parts = [z[:split].view(self.views_l, self.n_l, -1).mean(0)]
         return torch.cat(parts + [z[split:].view(self.views_u, self.n_u, -1).mean(0)] if self.n_u else parts)
 
-    def spread_over_views(self, q: Tensor) -> Tensor:
-        """(n_l + n_u, C) -> (R, C): every view has its image's row."""
-        return torch.cat([q[:self.n_l].repeat(self.views_l, 1), q[self.n_l:].repeat(self.views_u, 1)])
-
 
 def make_rows(labelled: Tensor, y: Tensor, unlabelled: Tensor, views_l: int, views_u: int, seed: int) -> Rows:
     """View 0 is the image itself; the others are shifted and flipped, fixed by the seed."""
@@ -493,8 +489,7 @@ class Step1:
         q = self.one_hot(r.labels[used])
         if not (r.n_u and self.neighbours):
             return used, q
-        # Which images are alike? Directions in which images of one class differ tell nothing, so they count less. ABLATE: with
-        # shrink=1e6 in this line, which leaves them, the labels that spread are 1 to 2 points worse.
+        # Which images are alike? Directions in which images of one class differ tell nothing, so they count less.
         W = whitening(class_moments(self.chunks(used, q))[1], self.shrink)
         order = torch.cat([known, torch.arange(r.n_l, r.n_l + r.n_u)])  # held-out images take no part at all
         z = ((r.image_mean(self.features.float())[order].to(self.device) - self.mu) / self.sd) @ W
@@ -646,20 +641,11 @@ def plot(folders: list[str], out: str | None) -> None:
     """Accuracy against labelled images a class, mean +- sample std over a folder's logs; a line for each method that all logs have."""
     runs = []
     for folder in folders:
-        logs = [[json.loads(line) for line in log.open()] for log in sorted(Path(folder).glob("*.jsonl"))]
-        if not logs:
-            raise InputError(f"--plot {folder}: no .jsonl log in it")
-        if not all("trainable_params_step1" in log[-1] for log in logs):
-            raise InputError(f"--plot {folder}: not the logs of finished runs of tdmr.py")
+        logs = common.finished_logs(folder, "trainable_params_step1", "tdmr.py")
         runs.append((logs[0][0]["args"]["shots"], [log[-1] for log in logs]))
     runs.sort(key=lambda run: run[0])
     shots = [n for n, _ in runs]
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    plt = common.pyplot()
     fig, ax = plt.subplots(figsize=(8, 4))
     for method in METHODS:
         key = "acc_" + method.replace("-", "_") + "_pct"
@@ -683,9 +669,8 @@ def plot(folders: list[str], out: str | None) -> None:
 
 def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundation:
     """A given file, else weights/<data>_<arch>.pt, else torchvision's weights. Raises InputError for anything else."""
-    shipped = lambda arch: common.ROOT / "weights" / f"{args.foundation_data}_{arch}.pt"
-    arch = args.foundation or ("resnet20x2" if shipped("resnet20x2").exists() else "resnet20")
-    file, ck = Path(args.foundation_weights or shipped(arch)), {}
+    arch = args.foundation or "resnet20x2"
+    file, ck = Path(args.foundation_weights or common.ROOT / "weights" / f"{args.foundation_data}_{arch}.pt"), {}
     if args.foundation_weights or file.exists():
         ck = common.load_file(file, (), "a checkpoint")
         if args.foundation and ck.get("arch", arch) != arch:

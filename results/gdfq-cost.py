@@ -9,7 +9,6 @@ images/s. Nothing is downloaded and no data is needed: time does not depend on t
 
 import argparse
 import copy
-import json
 import sys
 import time
 from pathlib import Path
@@ -68,7 +67,7 @@ class Plain:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--iterations", type=int, default=10, help="timed ones of each, after two more to warm up")
+    p.add_argument("--iterations", type=common.number(int, 1), default=10, help="timed ones of each, after two more to warm up")
     p.add_argument("--out", default="results/gdfq-cost", help="folder for log.jsonl")
     args = p.parse_args()
     device = torch.device("cpu")
