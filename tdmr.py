@@ -524,8 +524,8 @@ class Step1:
     def train(self, name: str) -> tuple[nn.Module, dict]:
         """Probe or proxy.  -> (net, what was chosen for it)
 
-        The discriminant's log-posterior is far too sure; its spread over classes is scaled to --logit-std. ABLATE: the scale at which
-        held-out labels are likeliest distils worse where the proxy is often wrong (CIFAR-10: 45 against 52 %), being too soft.
+        The discriminant's log-posterior is far too sure; its spread over classes is scaled to --logit-std. The scale at which held-out
+        labels are likeliest is no substitute: where the proxy is often wrong it is so soft that little is left to distil.
         What is trained trains as long as a fifth of the labelled images chooses by cross-entropy, then anew on all of them.
         """
         r = self.rows
