@@ -751,7 +751,7 @@ def main_embed(args: argparse.Namespace) -> None:
 
 
 # Figures of `end` records that stand beside the accuracies.
-COST_COLUMNS = {"uploads_pct": "uploads %", "eta_backwards_pct": "eta learns from %", "trainable_params_step1": "step-1 params",
+COST_COLUMNS = {"drop_pct": "drop", "uploads_pct": "uploads %", "eta_backwards_pct": "eta learns from %", "trainable_params_step1": "step-1 params",
                 "features_s": "F s", "step1_train_s": "step 1 s", "finetune_s": "finetune s"}
 
 
@@ -767,6 +767,8 @@ def results_table(script: str, results: Path = ROOT / "results") -> str:
             records = [json.loads(line) for line in log.open()]
             starts.append([r for r in records if r["event"] == "start"][0])
             ends.append([r for r in records if r["event"] == "end"][-1])
+            if {"acc_fp_pct", "acc_pct"} <= ends[-1].keys():
+                ends[-1]["drop_pct"] = ends[-1]["acc_fp_pct"] - ends[-1]["acc_pct"]
         rows.append((folder.name, starts, ends))
     keys = dict.fromkeys(k for _, _, ends in rows for end in ends for k in end)
     columns = [k for k in keys if k.startswith("acc_")] + [k for k in keys if k in COST_COLUMNS]

@@ -150,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
       help="go on from the last checkpoint in --out; bitwise on a CPU. Not with finetune-real, which writes none")
     a("--checkpoint-every", type=number(int, 1), default=5, help="epochs between checkpoints")
     a("--eval-every", type=number(int, 0), default=0, help="epochs between evaluations on the test set, for curves; 0: only at the end")
+    a("--plot", nargs="+", metavar="DIR", default=None,
+      help="draw the logs of these folders, nothing else: accuracy against iterations and against time, for runs with --eval-every, and the gap in "
+           "each BN layer. Writes --out, or <first folder>.png; needs matplotlib")
     # The method's own defaults stand in GDFQ.__init__, once, for those who import the class.
     p.set_defaults(**method_defaults())
     return p
@@ -610,6 +613,51 @@ def evaluate_file(args: argparse.Namespace, device: torch.device) -> None:
 
 
 @torch.no_grad()
+def bn_gap(method: GDFQ) -> list[float]:
+    """How far a generated batch's statistics lie from the stored ones, a number a BN layer, without unit:
+
+        gap = mean_c [ ((mu_c - mu_hat_c)^2 + (sigma_c - sigma_hat_c)^2) / sigma_hat_c^2 ]
+
+    L_BNS has the units of the features, so that its layers cannot be compared; this can. Draws no number of the run's.
+    """
+    rng = method.rng.get_state()
+    method.teacher(method.sample()[0])
+    method.rng.set_state(rng)
+    gaps = []
+    for bn, x in method.bn_inputs.items():
+        mu, var = common.BatchMoments.apply(x)
+        var_hat = bn.running_var + bn.eps
+        gaps.append((((mu - bn.running_mean)**2 + (var.sqrt() - var_hat.sqrt())**2) / var_hat).mean().item())
+    method.bn_inputs.clear()
+    return gaps
+
+
+def plot(folders: list[str], out: str | None) -> None:
+    """Accuracy against iterations and against time, and the gap in each BN layer at the start and the end: one colour a folder."""
+    runs = {Path(folder).name: common.finished_logs(folder, "acc_pct", "gdfq.py") for folder in folders}
+    plt = common.pyplot()
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4))
+    for k, (name, logs) in enumerate(runs.items()):
+        for seed, log in enumerate(logs):
+            look = dict(color=f"C{k}", label=f"_{name}" if seed else name)  # a leading _ keeps a line out of the legend
+            evals = [r for r in log if r["event"] == "eval" and {"acc_pct", "wall_s"} <= r.keys()]
+            axes[0].plot([r["iteration"] for r in evals], [r["acc_pct"] for r in evals], marker="o", **look)
+            axes[1].plot([r["wall_s"] / 60 for r in evals], [r["acc_pct"] for r in evals], marker="o", **look)
+            for style, r in zip((":", "-"), [r for r in log if r["event"] == "bn_gap"]):
+                axes[2].plot(range(1, len(r["gap"]) + 1), r["gap"], style, **look | {"label": f"{look['label']}, iteration {r['iteration']}"})
+        for ax in axes[:2]:
+            ax.axhline(logs[0][-1]["acc_fp_pct"], color=f"C{k}", lw=0.5)  # full precision
+    for ax, x, y in zip(axes, ("iteration", "minutes", "BatchNorm layer"), ("top-1 %", "top-1 %", "gap to the stored statistics")):
+        ax.set(xlabel=x, ylabel=y)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    axes[2].set_yscale("log")
+    file = Path(out or f"{folders[0].rstrip('/')}.png")
+    fig.savefig(file, dpi=110, bbox_inches="tight")
+    print(file)
+
+
+@torch.no_grad()
 def save_grid(method: GDFQ, data: common.Data, path: Path, per_class: int = 10) -> None:
     """A labelled grid of generated images, one class a row; of many classes, some evenly spaced ones."""
     from PIL import Image, ImageDraw
@@ -647,6 +695,8 @@ def print_table(results: dict, title: str, percentile: float, size_fp: int, size
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.plot:
+        return plot(args.plot, args.out)
     device = common.pick_device(args.device)
     if args.evaluate:
         return evaluate_file(args, device)
@@ -692,7 +742,7 @@ def main(args: argparse.Namespace) -> None:
 
     def evaluate(network: nn.Module, name: str) -> None:
         results[name] = common.accuracy_pct(network, data, data.test, device)
-        log.write("eval", iteration=method.iteration, **{name: results[name]})
+        log.write("eval", iteration=method.iteration, wall_s=wall_s + time.time() - log.t0, **{name: results[name]})
 
     if "acc_fp_pct" not in results:
         evaluate(model, "acc_fp_pct")
@@ -702,6 +752,8 @@ def main(args: argparse.Namespace) -> None:
             if name == "acc_ptq_noise_pct" or percentile < 100:
                 evaluate(quantize(model, noise, args.wbits, args.abits, args.first_last_bits, percentile), name)
 
+    if not real and method.iteration == 0:
+        log.write("bn_gap", iteration=0, gap=bn_gap(method))
     stream = None
     if real:
         method.iteration = method.warmup  # nothing to warm up
@@ -731,6 +783,8 @@ def main(args: argparse.Namespace) -> None:
                 common.save_atomic({"method": method.state_dict(), "results": results, "made_with": made_with,
                                     "wall_s": wall_s + time.time() - log.t0}, checkpoint)
     evaluate(method.student, "acc_pct")
+    if not real:
+        log.write("bn_gap", iteration=method.iteration, gap=bn_gap(method))
 
     packed = pack(method.student)
     common.save_atomic(packed | {"arch": args.arch, "dataset": args.dataset, "classes": data.classes, "mean": data.mean, "std": data.std,

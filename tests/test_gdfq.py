@@ -391,6 +391,40 @@ def test_fine_tuning_on_real_images_runs_in_the_same_table(tmp_path, monkeypatch
     assert "fine-tuned on real images" in capsys.readouterr().out and not (tmp_path / "generated.png").exists()
 
 
+def test_the_bn_gap_is_zero_where_statistics_match_and_draws_nothing_of_the_runs():
+    """One number a layer, from the first convolution's on. Fails if sigma is compared with sigma^2, or the noise is the run's."""
+    method = quick()
+    before = method.rng.get_state()
+    x, _ = method.sample()
+    method.rng.set_state(before)
+    with torch.no_grad():
+        for _ in range(400):  # the stored statistics go to those of the batch that comes next
+            method.teacher.train()(x)
+    method.teacher.eval()
+    for bn in method.bn_inputs:
+        bn.running_var *= 1 - 1 / (x[:, 0].numel() - 1)  # nearly biased; of deeper layers a little off
+    gaps = gdfq.bn_gap(method)
+    assert len(gaps) == 9 and max(gaps) < 1e-3
+    assert torch.equal(method.rng.get_state(), before)
+    bn = next(m for m in method.teacher.modules() if isinstance(m, nn.BatchNorm2d))
+    bn.running_mean += 2 * bn.running_var.sqrt()
+    assert gdfq.bn_gap(method)[0] == pytest.approx(4, rel=0.01)
+
+
+def test_logs_become_a_picture(tmp_path, monkeypatch, capsys, fails):
+    """From the logs alone; those of another script are refused. Fails if eval records lose their time."""
+    monkeypatch.setattr(common, "accuracy_pct", lambda *a: 12.34)
+    common.run(gdfq.main, gdfq.parse, f"--epochs 3 --iters-per-epoch 1 --warmup-epochs 1 --eval-every 1 --batch-size 8 --g-width 4 "
+                                      f"--calibration-batches 1 --out {tmp_path}/a".split())
+    records = [json.loads(line) for line in (tmp_path / "a/log.jsonl").open()]
+    assert [r["iteration"] for r in records if r["event"] == "bn_gap"] == [0, 3]
+    assert [r["iteration"] for r in records if "acc_pct" in r and r["event"] == "eval" and r["wall_s"] > 0] == [2, 3]
+    assert "not the logs of finished runs of gdfq.py" in fails(gdfq, f"--plot {common.ROOT}/results/cema_default")
+    pytest.importorskip("matplotlib")
+    common.run(gdfq.main, gdfq.parse, f"--plot {tmp_path}/a --out {tmp_path}/p.png".split())
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_a_recipe_sets_the_published_values_and_flags_still_win():
     """In any order. Fails if the recipe overwrites an explicit flag."""
     a = gdfq.parse(["--epochs", "20", "--recipe", "paper"])
