@@ -342,7 +342,7 @@ def test_gdfq_beats_ptq_at_three_bits(tmp_path, capsys):
                                       f"--percentile 100 --epochs 4 --warmup-epochs 2 --iters-per-epoch 30 --batch-size 64 --g-width 32 --out {tmp_path}/run".split())
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     end = log[-1]
-    assert {r["event"] for r in log} == {"start", "step", "eval", "end"}
+    assert {r["event"] for r in log} == {"start", "bn_gap", "step", "eval", "end"}
     assert {"acc_fp_pct", "acc_ptq_noise_pct", "acc_ptq_gen_pct", "acc_pct", "size_fp_bytes", "size_packed_bytes", "wall_s", "peak_mib",
             "img_per_s"} <= set(end)
     assert end["acc_pct"] > end["acc_ptq_noise_pct"] + 3
