@@ -429,6 +429,8 @@ def test_a_recipe_sets_the_published_values_and_flags_still_win():
     """In any order. Fails if the recipe overwrites an explicit flag."""
     a = gdfq.parse(["--epochs", "20", "--recipe", "paper"])
     assert (a.epochs, a.batch_size, a.temperature, a.kd_reduction, a.lr, a.ce, a.buffer) == (20, 200, 20.0, "mean", 1e-4, 1.0, 1)
+    for recipe in gdfq.RECIPES.values():  # a misspelt key would be carried along and never read
+        assert set(recipe) <= set(gdfq.method_defaults())
 
 
 def test_every_flag_is_read_and_documented():
