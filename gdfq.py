@@ -176,16 +176,15 @@ def method_defaults() -> dict:
 # ===== Equations =====================================================================================================
 
 
-def bn_statistics_loss(bn_inputs: dict[_BatchNorm, Tensor]) -> Tensor:
+def bn_statistics_loss(statistics: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> Tensor:
     """L_BNS = mean over layers of [ mean_c (mu_c - running_mean_c)^2 + mean_c (var_c - running_var_c)^2 ].
 
-    bn_inputs: layer -> its input (B, C, ...). Scalar, units of the features; 0 where the statistics match.
+    statistics: layer -> mean and biased variance (C,), (C,) of its input. Scalar, units of the features; 0 where they match.
     """
     loss = 0.0
-    for bn, x in bn_inputs.items():
-        mu, var = common.BatchMoments.apply(x)  # (C,), (C,)
+    for bn, (mu, var) in statistics.items():
         loss = loss + F.mse_loss(mu, bn.running_mean) + F.mse_loss(var, bn.running_var)
-    return loss / len(bn_inputs)
+    return loss / len(statistics)
 
 
 def distillation_loss(teacher_logits: Tensor, student_logits: Tensor, T: float, reduction: str) -> Tensor:
@@ -310,12 +309,12 @@ def observing(q: nn.Module):
         m.observing = False
 
 
-def record_bn_inputs(model: nn.Module) -> dict[_BatchNorm, Tensor]:
-    """A dict that holds, after each forward of `model`, the input of each of its BatchNorm layers."""
+def record_bn_statistics(model: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
+    """A dict that holds, after each forward of `model`, mean and variance (C,), (C,) of the input of each of its BatchNorms."""
     seen = {}
     for m in model.modules():
         if isinstance(m, _BatchNorm) and m.running_mean is not None:
-            m.register_forward_pre_hook(lambda m, inputs: seen.__setitem__(m, inputs[0]))
+            m.register_forward_pre_hook(lambda m, inputs: seen.__setitem__(m, common.BatchMoments.apply(inputs[0])))
     return seen
 
 
@@ -423,7 +422,7 @@ class GDFQ:
         noise = torch.randn(min(batch_size, 64), 3, image_size, image_size, generator=self.rng)
         self.student = quantize(self.teacher, noise.to(self.device), wbits, abits, first_last_bits, percentile, ema_momentum)
         self.student.requires_grad_(True)
-        self.bn_inputs = record_bn_inputs(self.teacher)  # after the copy: the student must not carry the hooks
+        self.bn_statistics = record_bn_statistics(self.teacher)  # after the copy: the student must not carry the hooks
         self.opt_g = torch.optim.Adam(self.generator.parameters(), lr_g, tuple(adam_betas))
         self.opt = torch.optim.SGD(self.student.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
 
@@ -449,18 +448,18 @@ class GDFQ:
     def generator_step(self) -> tuple[Tensor, Tensor, Tensor, dict]:
         """L_G = CE(M(x), y) + beta * L_BNS.  Returns the images, labels and M's logits it was computed on, detached."""
         x, y = self.sample()
-        self.bn_inputs.clear()
+        self.bn_statistics.clear()
         with common.autocast(self.device, self.amp):
             logits = self.teacher(x)
         ce = F.cross_entropy(logits.float(), y)
-        bns = bn_statistics_loss(self.bn_inputs)
+        bns = bn_statistics_loss(self.bn_statistics)
         loss = ce + self.beta * bns
         self.check_finite(loss, "loss_g")
         self.opt_g.zero_grad(set_to_none=True)
         loss.backward()
         self.check_finite(nn.utils.clip_grad_norm_(self.generator.parameters(), math.inf), "the gradient of loss_g")
         self.opt_g.step()
-        self.bn_inputs.clear()  # or the graph of this batch lives on
+        self.bn_statistics.clear()  # or the graph of this batch lives on
         logits = logits.detach().float()
         acc = (logits.argmax(1) == y).float().mean()
         return x.detach(), y, logits, {"loss_g": loss.item(), "ce": ce.item(), "bns": bns.item(), "acc_m_pct": 100 * acc.item()}
@@ -486,7 +485,7 @@ class GDFQ:
     def teacher_logits(self, x: Tensor) -> Tensor:
         with common.autocast(self.device, self.amp):
             logits = self.teacher(x).float()
-        self.bn_inputs.clear()
+        self.bn_statistics.clear()
         return logits
 
     @torch.no_grad()
@@ -633,11 +632,10 @@ def bn_gap(method: GDFQ) -> list[float]:
     method.teacher(method.sample()[0])
     method.rng.set_state(rng)
     gaps = []
-    for bn, x in method.bn_inputs.items():
-        mu, var = common.BatchMoments.apply(x)
+    for bn, (mu, var) in method.bn_statistics.items():
         var_hat = bn.running_var + bn.eps
         gaps.append((((mu - bn.running_mean)**2 + (var.sqrt() - var_hat.sqrt())**2) / var_hat).mean().item())
-    method.bn_inputs.clear()
+    method.bn_statistics.clear()
     return gaps
 
 

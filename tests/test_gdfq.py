@@ -66,26 +66,31 @@ def test_bns_is_zero_when_the_statistics_match():
     """A batch that *is* the stored statistics. Fails if the variance is the unbiased one."""
     bn, x = nn.BatchNorm2d(5), torch.randn(4, 5, 3, 3)
     bn.running_var, bn.running_mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    assert gdfq.bn_statistics_loss({bn: x}) < 1e-10
-    assert gdfq.bn_statistics_loss({bn: x + 1}).item() == pytest.approx(1.0, rel=1e-4)  # mu is off by 1 in every channel
+    seen = gdfq.record_bn_statistics(bn.eval())
+    bn(x)
+    assert gdfq.bn_statistics_loss(seen) < 1e-10
+    bn(x + 1)
+    assert gdfq.bn_statistics_loss(seen).item() == pytest.approx(1.0, rel=1e-4)  # mu is off by 1 in every channel
 
 
 def test_bns_is_the_mean_over_layers_of_two_means_over_channels():
     """Against NumPy. Fails if layers are summed, or channels."""
     model = small()
-    seen = gdfq.record_bn_inputs(model)
+    seen, inputs = gdfq.record_bn_statistics(model), {}
+    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.register_forward_pre_hook(lambda bn, x: inputs.__setitem__(bn, x[0].detach().numpy()))
     model(NOISE)
-    want = np.mean([((x.mean((0, 2, 3)) - bn.running_mean) ** 2).mean().item()
-                    + ((x.numpy().var((0, 2, 3)) - bn.running_var.numpy()) ** 2).mean() for bn, x in ((b, v.detach()) for b, v in seen.items())])
+    want = np.mean([((x.mean((0, 2, 3)) - bn.running_mean.numpy()) ** 2).mean() + ((x.var((0, 2, 3)) - bn.running_var.numpy()) ** 2).mean()
+                    for bn, x in inputs.items()])
     assert len(seen) == 9 and gdfq.bn_statistics_loss(seen).item() == pytest.approx(want, rel=1e-4)
 
 
 def test_the_gradient_of_bns_reaches_every_parameter_of_the_generator():
-    """With beta alone, CE left out. Fails if the recorded inputs are detached."""
+    """With beta alone, CE left out. Fails if the recorded statistics are detached."""
     m = quick()
-    m.bn_inputs.clear()
+    m.bn_statistics.clear()
     m.teacher(m.sample()[0])
-    gdfq.bn_statistics_loss(m.bn_inputs).backward()
+    gdfq.bn_statistics_loss(m.bn_statistics).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in m.generator.parameters())
     assert all(p.grad is None for p in m.teacher.parameters())
 
@@ -400,7 +405,7 @@ def test_the_bn_gap_is_zero_where_statistics_match_and_draws_nothing_of_the_runs
         for _ in range(400):  # the stored statistics go to those of the batch that comes next
             method.teacher.train()(x)
     method.teacher.eval()
-    for bn in method.bn_inputs:
+    for bn in method.bn_statistics:
         bn.running_var *= 1 - 1 / (x[:, 0].numel() - 1)  # nearly biased; of deeper layers a little off
     gaps = gdfq.bn_gap(method)
     assert len(gaps) == 9 and max(gaps) < 1e-3
