@@ -423,8 +423,8 @@ class GDFQ:
         self.student = quantize(self.teacher, noise.to(self.device), wbits, abits, first_last_bits, percentile, ema_momentum)
         self.student.requires_grad_(True)
         self.bn_statistics = record_bn_statistics(self.teacher)  # after the copy: the student must not carry the hooks
-        self.opt_g = torch.optim.Adam(self.generator.parameters(), lr_g, tuple(adam_betas))
-        self.opt = torch.optim.SGD(self.student.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+        self.opt_g = torch.optim.Adam(self.generator.parameters(), lr_g, tuple(adam_betas), fused=True)
+        self.opt = torch.optim.SGD(self.student.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True)
 
     def set_learning_rates(self) -> None:
         """cosine: from the base value at the end of the warm-up to 0. step: times gamma at each milestone epoch."""
