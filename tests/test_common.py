@@ -70,6 +70,16 @@ def test_gradient_is_straight_through_inside_the_range_and_zero_outside():
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_gradient_stops_one_code_beyond_either_end(bits, dtype):
+    """The codes -1, 0, 1, the last and one more, in a range of both signs. Fails if an end code counts as clamped, or one beyond does not."""
+    last, below, s = 2**bits - 1, 2**(bits - 2), 2**-4  # powers of two: bf16 holds every value exactly
+    x = (s * (torch.tensor([-1.0, 0, 1, last, last + 1]) - below)).to(dtype).requires_grad_()
+    common.fake_quant(x, torch.tensor(-s * below), torch.tensor(s * (last - below)), bits).sum().backward()
+    assert x.grad.dtype == dtype and x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 1001])
 def test_packing_is_as_small_as_computed_and_loses_nothing(bits, n):
