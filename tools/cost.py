@@ -1,10 +1,11 @@
-"""What an iteration of GDFQ's published configuration costs, beside the same iteration written straightforwardly.
+"""What an iteration of GDFQ's published configuration costs, beside the same one written plainly.
 
-    python results/gdfq-cost.py            # ResNet-20, 100 classes, batch 200, generator width 128; minutes on a CPU
+    python tools/cost.py      # ResNet-20, 100 classes, batch 200, generator width 128; minutes on a CPU
 
-Straightforward: fp32, NCHW, one torch op a line: mean and variance of each BN input, a quantizer of differentiable ops with a
-detached rounding. Same networks, losses, optimizers and batch, in the same process, alternating. The last line is the ratio of
-images/s. Nothing is downloaded and no data is needed: time does not depend on the weights' values.
+Plainly: fp32, NCHW, one torch op a line: mean and variance of each BN input, a quantizer of
+differentiable ops with a detached rounding. Same networks, losses, optimizers and batch, in the same
+process, alternating. The last line is the ratio of images/s. No data is needed:
+time does not depend on the weights' values.
 """
 
 import argparse
@@ -17,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 import gdfq  # noqa: E402
 
@@ -34,17 +34,19 @@ class Plain:
     """One iteration: a generator step, then a student step on the same batch."""
 
     def __init__(self, method: gdfq.GDFQ):
+        nets = method.teacher, method.generator, method.student
         nchw = dict(memory_format=torch.contiguous_format)
-        self.teacher, self.generator, self.student = (copy.deepcopy(net).to(**nchw) for net in (method.teacher, method.generator, method.student))
+        self.teacher, self.generator, self.student = (copy.deepcopy(net).to(**nchw) for net in nets)
         for net in (self.teacher, self.student):
             for m in net.modules():
                 m._forward_pre_hooks.clear()
-        self.seen, self.batch, self.classes = [], method.batch_size, method.num_classes
+        self.seen, self.batch, self.classes = [], method.hp.batch_size, method.num_classes
         for m in self.teacher.modules():
             if isinstance(m, _BatchNorm):
                 m.register_forward_pre_hook(lambda m, inputs: self.seen.append((m, inputs[0])))
         self.opt_g = torch.optim.Adam(self.generator.parameters(), 1e-3, (0.5, 0.999))
-        self.opt = torch.optim.SGD(self.student.parameters(), 1e-4, 0.9, weight_decay=1e-4, nesterov=True)
+        self.opt = torch.optim.SGD(self.student.parameters(), 1e-4, 0.9, weight_decay=1e-4,
+                                   nesterov=True)
 
     def step(self) -> None:
         y, z = torch.randint(self.classes, (self.batch,)), torch.randn(self.batch, self.generator.latent)
@@ -53,7 +55,8 @@ class Plain:
         logits = self.teacher(x)
         bns = 0.0
         for m, h in self.seen:
-            bns = bns + F.mse_loss(h.mean((0, 2, 3)), m.running_mean) + F.mse_loss(h.var((0, 2, 3), unbiased=False), m.running_var)
+            mu, var = h.mean((0, 2, 3)), h.var((0, 2, 3), unbiased=False)
+            bns = bns + F.mse_loss(mu, m.running_mean) + F.mse_loss(var, m.running_var)
         loss = F.cross_entropy(logits, y) + 0.1 * bns / len(self.seen)
         self.opt_g.zero_grad()
         loss.backward()
@@ -65,23 +68,25 @@ class Plain:
         self.opt.step()
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--iterations", type=common.number(int, 1), default=10, help="timed ones of each, after two more to warm up")
-    p.add_argument("--out", default="results/gdfq-cost", help="folder for log.jsonl")
-    args = p.parse_args()
-    device = torch.device("cpu")
+def build_parser() -> argparse.ArgumentParser:
+    p = common.Parser(prog="tools/cost.py", description=__doc__)
+    p.add_argument("--iterations", type=common.number(int, 1), default=10, help="timed, after two more")
+    p.add_argument("--out", default="runs/cost", help="folder for log.jsonl")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    device, paper = torch.device("cpu"), dict(gdfq.PAPER)
     torch.manual_seed(0)
-    paper = {k: v for k, v in gdfq.PAPER.items() if k not in ("epochs", "iters_per_epoch", "warmup_epochs")}
-    method = gdfq.GDFQ(common.build_model("resnet20", 100), 100, 32, epochs=100, iters_per_epoch=1000, warmup_epochs=1,
-                       amp=common.has_fast_bf16(device), device=device, **paper)
+    paper |= dict(epochs=100, iters_per_epoch=1000, warmup_epochs=1, amp=common.has_fast_bf16(device))
+    method = gdfq.GDFQ(common.build_model("resnet20", 100), 100, 32, **paper)
     plain = Plain(method)
     method.iteration = method.warmup
     method.calibrate()
     plain.student.load_state_dict(method.student.state_dict())
 
     def plain_step():
-        fused, gdfq.fake_quant = gdfq.fake_quant, plain_fake_quant  # the quantizers look the name up when they run
+        fused, gdfq.fake_quant = gdfq.fake_quant, plain_fake_quant  # quantizers look it up as they run
         plain.step()
         gdfq.fake_quant = fused
 
@@ -92,16 +97,18 @@ def main() -> None:
             step()
             if i >= 2:
                 seconds[name].append(time.perf_counter() - t0)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     log = common.RunLog(Path(args.out))
     log.start(args, device)
-    rate = {name: method.batch_size / (sum(s) / len(s)) for name, s in seconds.items()}
-    for name, s in seconds.items():
-        print(f"{name:<8} {sum(s) / len(s):.3f} s an iteration, {rate[name]:.0f} images/s")
-    log.write("end", s_per_iteration_plain=sum(seconds["plain"]) / args.iterations, s_per_iteration=sum(seconds["gdfq.py"]) / args.iterations,
-              img_per_s_plain=rate["plain"], img_per_s=rate["gdfq.py"], ratio=rate["gdfq.py"] / rate["plain"], peak_mib=common.peak_mib())
-    print(f"ratio {rate['gdfq.py'] / rate['plain']:.2f}; {common.peak_mib():.0f} MiB")
+    mean_s = {name: sum(s) / len(s) for name, s in seconds.items()}
+    rate = {name: method.hp.batch_size / s for name, s in mean_s.items()}
+    for name in seconds:
+        print(f"{name:<8} {mean_s[name]:.3f} s an iteration, {rate[name]:.0f} images/s")
+    ratio = rate["gdfq.py"] / rate["plain"]
+    log.write("end", s_per_iteration_plain=mean_s["plain"], s_per_iteration=mean_s["gdfq.py"],
+              img_per_s_plain=rate["plain"], img_per_s=rate["gdfq.py"], ratio=ratio,
+              peak_mib=common.peak_mib())
+    print(f"ratio {ratio:.2f}; {common.peak_mib():.0f} MiB")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, build_parser().parse_args)
