@@ -459,17 +459,22 @@ def load_file(path: str | Path, keys: tuple[str, ...], what: str) -> dict:
     return obj
 
 
-def load_network(file: Path, arch: str, num_classes: int | None = None) -> tuple[nn.Module, dict]:
+def load_network(file: Path, arch: str | None, num_classes: int | None = None,
+                 flag: str = "--arch") -> tuple[nn.Module, dict]:
     """A network in eval mode from a checkpoint or a bare state_dict, and what the file says of itself.
 
-    num_classes None: as many as the file names, else 1000. Raises InputError for what does not fit.
+    None: what the file says, else 1000 classes. Raises InputError for what does not fit.
     """
     ck = load_file(file, (), "a checkpoint")
     state, about = (ck["state_dict"], ck) if "state_dict" in ck else (ck, {})
     known = len(about["classes"]) if "classes" in about else num_classes or 1000
     if num_classes not in (None, known):
         raise InputError(f"{file}: was trained for {known} classes, the data have {num_classes}")
-    model = build_model(arch, known)
+    if not (arch or "arch" in about) or about.get("arch", arch) != (arch or about["arch"]):
+        holds = about.get("arch", "network without a name")
+        raise InputError(f"{file}: {flag} is {arch}, and the file holds a {holds}")
+    arch = about.get("arch", arch)
+    model = build_model(arch, known, flag=flag)
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as e:
@@ -742,6 +747,8 @@ def state_of(x):
         return x.get_state()
     if hasattr(x, "state_dict"):
         return x.state_dict()
+    if isinstance(x, Tensor):
+        return x.clone()  # of a view only what it shows
     return [state_of(v) for v in x] if isinstance(x, (list, deque)) else x
 
 

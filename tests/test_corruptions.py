@@ -1,4 +1,4 @@
-"""Claims about the corruptions of common.py. Each docstring ends with the change under which the test was seen to fail."""
+"""Claims about tools/corruptions.py. Each docstring ends with the change under which its test failed."""
 
 import colorsys
 
@@ -10,10 +10,13 @@ from torchvision import io
 from torchvision.transforms.v2 import functional as v2
 
 import common
-from common import (
-    InputError, CORRUPTIONS, HELD_OUT, SEVERITIES, corrupt, corrupted, gaussian_blur, image_streams, motion_blur, shuffle_locally)
+from common import InputError
+from tools.corruptions import (
+    CORRUPTIONS, HELD_OUT, SEVERITIES, corrupt, corrupted, gaussian_blur, image_streams, motion_blur,
+    shuffle_locally)
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")  # torchvision 0.29 recommends TorchCodec
+# torchvision 0.29 recommends TorchCodec
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
 ALL = CORRUPTIONS + HELD_OUT
 RANDOM = [c for c in ALL if c.endswith("noise")]
 RANDOM += ["glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform", "spatter"]

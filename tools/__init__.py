@@ -1,0 +1,1 @@
+"""Programs around the scripts; no reader of a paper needs to open them."""
