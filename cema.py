@@ -175,6 +175,7 @@ def e_max(e0: float, mean_h: float, mean_h_warm: float, lam: float) -> float:
 
     The paper's recursion over the ratio of successive means telescopes to this for lambda = 1.
     """
+    # As the model gets surer, what was a usual entropy becomes a large one: the threshold follows.
     return lam * e0 * mean_h / mean_h_warm
 
 
@@ -237,10 +238,6 @@ class FromBytes(nn.Module):
 class AdaptiveBN(nn.Module):
     """A BatchNorm whose statistics are those of training ("source"), of the batch at hand ("batch"), or
     a running mean of the test stream ("ema"); weight and bias are the original's.
-
-    ema, in train mode, which is the cloud's: x_hat = (x - mu_B) / sd_B * r + d with r, d constant (batch
-    renormalisation, Ioffe 2017). Its value is (x - mu) / sd; its gradient flows through the batch's
-    statistics. Without that it would not see that weights upstream change mu and sd.
     """
 
     def __init__(self, bn: _BatchNorm, mode: str, momentum: float):
@@ -256,6 +253,9 @@ class AdaptiveBN(nn.Module):
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         if self.mode == "source" or not (self.training or self.share):
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        # Batch renormalisation (Ioffe 2017): x_hat = (x - mu_B) / sd_B * r + d, with r and d constant.
+        # Its value is (x - mu) / sd, that of eval mode. Its gradient flows through the batch's
+        # statistics, and so it sees that weights upstream change mu and sd.
         with torch.no_grad():
             mu_b, var_b = common.BatchMoments.apply(x)
             if self.share:  # the first images count before they are normalised
@@ -437,6 +437,7 @@ class Edge:
 
     def choose(self, logits: Tensor) -> Tensor:
         """Which images to upload.  (B, C) -> (B,) bool."""
+        # D1: the mean that moves E_max holds this batch already.
         H, hp = entropy(logits), self.hp
         self.batches += 1
         self.h_sum, self.seen = self.h_sum + H.sum().item(), self.seen + len(H)
@@ -505,6 +506,7 @@ class Cloud:
 
     def receive(self, message: bytes) -> None:
         """An upload waits in `pending`; one that cannot be used is counted."""
+        # Whoever can reach the cloud can send it anything: what is not exactly an upload is refused.
         try:
             new = decode(message, **self.expected)
             if len(new["stats"]) not in (0, self.n_stats):
@@ -512,6 +514,7 @@ class Cloud:
         except Refused:
             self.counts["refused_messages"] += 1
             return
+        # Only until the twin has learned: from then on its statistics are the ones that go down.
         if len(new["stats"]) and self.steps == 0:
             fill(self.twin.stats, new["stats"])
             self.twin.seeded = True
@@ -580,6 +583,7 @@ class Cloud:
 
     def remember(self, u: Tensor) -> None:
         """First in, first out."""
+        # After the step that used them: an upload is not replayed beside itself.
         u = u[:len(self.replay)]
         if len(u):
             self.replay[torch.arange(self.added, self.added + len(u)) % len(self.replay)] = u
@@ -626,6 +630,7 @@ class CEMA:
 
     def step(self, x: Tensor) -> Tensor:
         """One batch.  uint8 (B, 3, S, S) -> logits (B, C), from before anything was learned of x."""
+        # The edge never waits: it answers with what has arrived, and what it uploads is work for later.
         link, counts, t0 = self.link, self.counts, time.perf_counter()
         logits, upload, n = self.edge.step(x, link.receive("down"))
         counts["edge_s"] += time.perf_counter() - t0
@@ -678,6 +683,7 @@ class Baseline:
         with torch.set_grad_enabled(self.learns), common.autocast(device, self.hp.amp and self.learns):
             logits = self.model(x).float()
         answer = logits.detach().cpu()
+        # As in the original repositories they learn on the spot, from the forward that gave the answer.
         kept = torch.full((len(x),), self.learns)
         if self.kind == "eta":
             probs = answer.softmax(1)

@@ -418,6 +418,8 @@ class GDFQ:
         x, y = self.sample()
         with common.autocast(self.device, self.hp.amp):
             logits = self.teacher(x).float()
+        # CE alone finds images that M calls y and that look like nothing M was trained on; L_BNS asks of
+        # every layer that they look like it.
         ce, bns = F.cross_entropy(logits, y), bn_statistics_loss(self.bn_statistics)
         loss = ce + self.hp.beta * bns
         common.descend(self.opt_g, loss, f"loss_g at iteration {self.iteration}", "--lr-g")
@@ -456,6 +458,7 @@ class GDFQ:
         """
         self.set_learning_rates()
         hp, learns, stats = self.hp, self.iteration >= self.warmup, {}
+        # G never stops learning: each iteration brings Q images that it has not seen.
         if real is None:
             x, y, logits, stats = self.generator_step()
             if learns:
