@@ -14,15 +14,18 @@ It needs torch, torchvision, numpy and tqdm. From top to bottom:
 """
 
 import argparse
+import copy
 import difflib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -78,6 +81,7 @@ def number(kind: type, lo: float = -math.inf, hi: float = math.inf):
 def run(main, parse, argv: list[str] | None = None) -> None:
     """main(parse(argv)), with a user's mistake turned into one line on stderr and exit code 2."""
     prog = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *where, **more: f"note: {message}\n"
     try:
         main(parse(argv))
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
@@ -179,6 +183,33 @@ def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
         raise InputError(f"{what} is {loss.item()}, its gradient norm {norm}; lower {flag}")
     opt.step()
+
+
+@torch.no_grad()
+def check_network(model: nn.Module, example: Tensor, num_classes: int | None = None) -> int:
+    """How many classes a network knows, by one forward of `example` (B, ...). Raises InputError where it
+    does not run, or answers anything but logits (B, num_classes) that are numbers.
+    """
+    about = f"{type(model).__name__} on {example.dtype} {tuple(example.shape)}"
+    try:
+        out = model(example)
+    except Exception as e:  # whatever a forward can raise: its own words are the true reason
+        raise InputError(f"{about}: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+    if not isinstance(out, Tensor) or out.ndim != 2 or num_classes not in (None, out.shape[1]):
+        shape = tuple(out.shape) if isinstance(out, Tensor) else ""
+        raise InputError(f"{about}: answers a {type(out).__name__} {shape}; expected logits "
+                         f"({len(example)}, {num_classes or 'classes'})")
+    if out.isnan().any():
+        raise InputError(f"{about}: answers NaN; are its weights whole?")
+    return out.shape[1]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy. Raises InputError for what cannot be copied, as a network under weight_norm."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as e:
+        raise InputError(f"{type(model).__name__} cannot be copied: {str(e).splitlines()[0]}") from None
 
 
 # ===== Networks ======================================================================================
@@ -385,6 +416,9 @@ def _from_folder(root: Path, name: str) -> Data:
                          "to train on real images")
     test = image_folder(val)
     train = image_folder(root / "train") if (root / "train").is_dir() else None
+    if train and train.classes != test.classes:
+        other = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"{root}: train/ and {val.name}/ differ in their class folders: {other[0]}")
     return Data(Path(name).name, test.classes, 224, *IMAGENET_NORM, train, test)
 
 
@@ -452,11 +486,20 @@ def load_file(path: str | Path, keys: tuple[str, ...], what: str) -> dict:
         obj = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {what}") from None
-    except Exception as e:  # truncated zip, pickle of classes, a folder, a text file ...
+    except pickle.UnpicklingError:  # never executed: a whole model, an argparse.Namespace, a text file
+        raise InputError(f"{path}: not {what}, or not of tensors alone; save a state_dict") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; expected {what}") from None
+    except Exception as e:  # half a zip: which one depends on where it ends
         raise InputError(f"{path}: cannot be read as {what} ({type(e).__name__}); truncated?") from None
     if not isinstance(obj, dict) or any(k not in obj for k in keys):
-        raise InputError(f"{path}: not {what}; expected the keys {', '.join(keys)}")
+        raise InputError(f"{path}: not {what}; expected the keys {', '.join(keys) or 'of a state_dict'}")
     return obj
+
+
+# What a checkpoint may say of itself.
+ABOUT = {"classes": list, "mean": list, "std": list, "size": int, "acc_pct": float, "arch": str,
+         "dataset": str}
 
 
 def load_network(file: Path, arch: str | None, num_classes: int | None = None,
@@ -465,8 +508,17 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
 
     None: what the file says, else 1000 classes. Raises InputError for what does not fit.
     """
-    ck = load_file(file, (), "a checkpoint")
-    state, about = (ck["state_dict"], ck) if "state_dict" in ck else (ck, {})
+    state, about = load_file(file, (), "a checkpoint"), {}
+    for key in ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema"):
+        if isinstance(state.get(key), dict):  # a wrapped one, by whatever program
+            state, about = state[key], {k: v for k, v in state.items() if k in ABOUT}
+            break
+    if wrong := [k for k, v in about.items() if not isinstance(v, ABOUT[k])]:
+        raise InputError(f"{file}: its {wrong[0]} is a {type(about[wrong[0]]).__name__}, expected "
+                         f"{ABOUT[wrong[0]].__name__}")
+    bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
+    if bad:
+        raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
     known = len(about["classes"]) if "classes" in about else num_classes or 1000
     if num_classes not in (None, known):
         raise InputError(f"{file}: was trained for {known} classes, the data have {num_classes}")
@@ -475,11 +527,15 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
         raise InputError(f"{file}: {flag} is {arch}, and the file holds a {holds}")
     arch = about.get("arch", arch)
     model = build_model(arch, known, flag=flag)
+    # DataParallel writes module. before each key, torch.compile _orig_mod., others net. or model.
+    own = model.state_dict().keys()
+    while not state.keys() & own and len({str(k).split(".")[0] for k in state}) == 1:
+        state = {str(k).partition(".")[2]: v for k, v in state.items()}
     try:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as e:
-        first = " ".join(str(e).split("\n")[:2])
-        raise InputError(f"{file}: does not fit {arch} with {known} classes: {first}") from None
+        first = " ".join(" ".join(str(e).split("\n")[:2]).split())
+        raise InputError(f"{file}: does not fit {arch} with {known} classes: {first[:200]}") from None
     return model.eval(), about
 
 
@@ -545,8 +601,13 @@ class BatchMoments(torch.autograd.Function):
 
 def entropy(logits: Tensor) -> Tensor:
     """H(x) = -sum_c p_c ln p_c, p = softmax(logits).  (B, C) -> (B,), nats, in [0, ln C]."""
-    log_p = F.log_softmax(logits, 1)
+    log_p = log_softmax(logits)
     return -(log_p.exp() * log_p).sum(1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """ln softmax, the least finite number in the place of -inf: a masked class counts 0 ln 0 = 0."""
+    return F.log_softmax(logits, 1).clamp_min(torch.finfo(logits.dtype).min)
 
 
 # ===== Fake quantization =============================================================================
@@ -773,7 +834,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:
     state = load_file(file, ("args",), "a checkpoint")
     for k, now in flat(args).items():
         then = state["args"].get(k)
-        if k not in ("out", "resume", "device", "checkpoint_every", "log_every") and then != now:
+        if k not in ("out", "save", "resume", "device", "checkpoint_every", "log_every") and then != now:
             flag = "--" + k.replace("_", "-")
             raise InputError(f"--resume: {file} was made with another {flag} ({then}, now {now}): "
                              "repeat its flags, or start anew")

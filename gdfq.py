@@ -62,9 +62,11 @@ Departures from paper and published code, with the flag that goes back. --recipe
 """
 
 import argparse
-import copy
+import inspect
 import math
+import operator
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -178,9 +180,49 @@ def distillation_loss(teacher_logits: Tensor, student_logits: Tensor, T: float, 
 
 # ===== Model surgery ================================================================================
 
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU, F.relu, F.relu_,
-               torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.silu, F.hardswish, F.gelu,
-               "relu", "relu_")
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU,
+               nn.Mish, nn.Hardswish, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid)
+NAMES = ("relu relu_ relu6 hardtanh leaky_relu leaky_relu_ prelu elu elu_ celu selu silu mish hardswish "
+         "gelu softplus tanh sigmoid hardsigmoid clamp clamp_ clip").split()
+CALLS = {getattr(of, name) for of in (torch, F) for name in NAMES if hasattr(of, name)} | set(NAMES)
+GATES = (nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid")
+PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+
+
+class Tracer(torch.fx.Tracer):
+    """torch.fx's, which would go into subclasses of Conv2d and Linear, and lose their weights there."""
+
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        return isinstance(m, (nn.Conv2d, nn.Linear)) or super().is_leaf_module(m, name)
+
+    def call_module(self, m: nn.Module, forward, args, kwargs):
+        if m not in self.submodule_paths:  # nn.ReLU()(x) inside a forward: it has no state
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def trace(model: nn.Module) -> torch.fx.GraphModule:
+    """The graph of a copy of the model, in eval mode. Raises InputError with torch.fx's own reason."""
+    model, tracer = common.copy_of(model).eval(), Tracer()
+    parameters = inspect.signature(model.forward).parameters.values()
+    fixed = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        return torch.fx.GraphModule(model, tracer.trace(model, fixed or None))
+    except Exception as e:
+        why = str(e).splitlines()[0]
+        raise InputError(f"torch.fx cannot trace {type(model).__name__}: {why}") from None
+
+
+def activation_calls(q: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """The calls whose result gets a range: nonlinearities, of a gate, sigmoid(x) * y, the product."""
+    found = []
+    for node in q.graph.nodes:
+        kind = type(q.get_submodule(node.target)) if node.op == "call_module" else node.target
+        is_call = node.op in ("call_function", "call_method") and kind in CALLS
+        if is_call or node.op == "call_module" and issubclass(kind, ACTIVATIONS):
+            products = [user for user in node.users if user.target in PRODUCTS]
+            found += products if kind in GATES and len(products) == len(node.users) else [node]
+    return list(dict.fromkeys(found))
 
 
 class WeightQuantizer(nn.Module):
@@ -250,35 +292,32 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
     """
     if any(bits not in range(2, 9) for bits in (wbits, abits, first_last_bits or 8)):
         raise InputError(f"W{wbits}A{abits}, first and last {first_last_bits}: expected 2 to 8 bits")
-    try:
-        q = torch.fx.symbolic_trace(copy.deepcopy(model).eval())
-    except Exception as e:
-        raise InputError(f"torch.fx cannot trace {type(model).__name__}: {e}") from None
-
+    q, layers = trace(model), {}
     # torchvision's residual blocks call ONE nn.ReLU module twice. Swapping modules, as published code
     # does, gives both places one range; walking the graph gives every call its own.
-    layers, calls = [], 0
-    for node in list(q.graph.nodes):
-        module = q.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in layers:
-            if parametrize.is_parametrized(module):
-                raise InputError(f"{node.target} is parametrized already: remove_parametrizations first")
-            layers.append(module)
-        if type(module) in ACTIVATIONS or module is None and node.target in ACTIVATIONS:
-            name, calls = f"act_quant{calls}", calls + 1
-            q.add_submodule(name, ActivationQuantizer(abits, ema_momentum, percentile))
-            with q.graph.inserting_after(node):
-                quantized = q.graph.call_module(name, (node,))
-            node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+    for i, node in enumerate(activation_calls(q)):
+        q.add_submodule(f"act_quant{i}", ActivationQuantizer(abits, ema_momentum, percentile))
+        with q.graph.inserting_after(node):
+            quantized = q.graph.call_module(f"act_quant{i}", (node,))
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
     q.recompile()
-    for i, layer in enumerate(layers):
+    originals = dict(model.named_modules())
+    for node in q.graph.nodes:
+        # Attention takes the weight of a Linear without calling it: then the graph has the weight alone.
+        name = node.target.removesuffix(".weight") if node.op in ("call_module", "get_attr") else ""
+        if isinstance(originals.get(name), (nn.Conv2d, nn.Linear)):
+            layers[name] = q.get_submodule(name)
+    for i, (name, layer) in enumerate(layers.items()):
+        if layer._parameters.get("weight") is None:
+            raise InputError(f"{name}: its weight is made by a parametrization; remove that first")
         bits = first_last_bits if first_last_bits and i in (0, len(layers) - 1) else wbits
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(bits))
-    try:
-        with torch.no_grad(), observing(q):
-            q.to(example.device)(example)
-    except RuntimeError as e:
-        raise InputError(f"the network does not run on {tuple(example.shape)} images: {e}") from None
+    with observing(q):
+        common.check_network(q.to(example.device), example)
+    if left := [n for n, p in q.named_parameters() if p.ndim > 1 and not n.endswith(".weight.original")]:
+        share = sum(q.get_parameter(n).numel() for n in left) / sum(p.numel() for p in q.parameters())
+        warnings.warn(f"{share:.0%} of the parameters stay in fp32, since no quantizer knows them: "
+                      f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''}")
     return q
 
 
@@ -375,7 +414,7 @@ class GDFQ:
         # All noise is drawn on the CPU, so that a seed means the same on every device.
         self.rng = torch.Generator().manual_seed(hp.seed)
 
-        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        self.teacher = common.copy_of(model).eval().requires_grad_(False)
         auto = "embedding" if image_size <= 64 else "conditional-bn"
         kind = auto if hp.generator == "auto" else hp.generator
         with common.seeded(hp.seed):  # the caller's random numbers are not ours to reset
@@ -386,6 +425,7 @@ class GDFQ:
         noise = torch.randn(min(hp.batch_size, 64), 3, image_size, image_size, generator=self.rng)
         bits = hp.wbits, hp.abits, hp.first_last_bits
         noise = noise.to(self.device)
+        common.check_network(self.teacher, noise, num_classes)
         self.student = quantize(self.teacher, noise, *bits, hp.percentile, hp.ema_momentum)
         self.student.requires_grad_(True)
         # Only now: recorded before the copy, Q would carry the hooks, too.

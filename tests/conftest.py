@@ -1,6 +1,9 @@
+"""What several test files need: a seed, a mistake's one line, a data set and its network for seconds."""
+
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,17 +18,38 @@ def _seed():
 
 @pytest.fixture
 def fails(capsys):
-    """fails(script, "--flag ...") runs the script's command line, expects exit code 2 and one line, and returns it."""
+    """fails(script, "--flag ..."): the one line on stderr with which the command exits, code 2."""
     import common
 
-    def call(script, command: str, monkeypatch=None) -> str:
-        parse = script.parse if hasattr(script, "parse") else script.build_parser().parse_args
-        main = script.main if hasattr(script, "main") else lambda args: args.main(args)
+    def call(script, command: str) -> str:
         with pytest.raises(SystemExit) as e:
-            common.run(main, parse, command.split())
+            common.run(script.main, script.parse, command.split())
         err = capsys.readouterr().err.strip()
         assert e.value.code == 2, err
         assert len(err.splitlines()) == 1 and "error:" in err, err
         return err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A .npz of 64 train and 32 test images in 4 classes that differ in brightness."""
+    rng = np.random.default_rng(0)
+    y = np.arange(96) % 4
+    x = np.clip(rng.normal(40 + 55 * y[:, None, None], 30, (96, 32, 32)), 0, 255).astype(np.uint8)
+    file = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(file, train_images=x[:64], train_labels=y[:64], test_images=x[64:], test_labels=y[64:])
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny, tmp_path_factory):
+    """The checkpoint of a ResNet-8 that has learned `tiny`."""
+    import common
+    from tools import pretrain
+
+    hp = common.defaults(pretrain.build_parser, arch="resnet8", epochs=10, batch_size=16, lr=0.05)
+    file = tmp_path_factory.mktemp("weights") / "tiny_resnet8.pt"
+    pretrain.pretrain(hp, common.load_data(str(tiny)), file, torch.device("cpu"))
+    return file

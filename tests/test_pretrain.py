@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def equal(a, b):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """interrupted(run, n) interrupts run() in epoch n, after its last step and before its state is written."""
+    """interrupted(run, n) stops run() in epoch n, after its last step, before its state is written."""
     evaluate = common.accuracy_pct
 
     def call(run, n):
@@ -77,7 +76,8 @@ def test_pretraining_resumed_equals_uninterrupted_bitwise(tiny, tmp_path, interr
 
 
 @pytest.mark.parametrize("flag, other", [
-    ("epochs", 4), ("lr", 0.05), ("optimizer", "adamw"), ("augment", "trivial"), ("seed", 1), ("arch", "resnet14")])
+    ("epochs", 4), ("lr", 0.05), ("optimizer", "adamw"), ("augment", "trivial"), ("seed", 1),
+    ("arch", "resnet14")])
 def test_resuming_with_another_flag_is_refused(tiny, tmp_path, interrupted, flag, other):
     """And names it. Fails if the state does not keep its flags, or they are not compared."""
     interrupted(lambda: go(tiny, tmp_path / "w.pt"), 2)
@@ -112,9 +112,9 @@ def test_an_older_state_that_does_not_fit_is_one_line(tiny, tmp_path, interrupte
 
 
 def test_the_log_of_a_resumed_run_has_every_epoch_once(tiny, tmp_path, monkeypatch, interrupted):
-    """Interrupted between the record of epoch 2 and its state. Fails if that record stays in the log.
+    """Interrupted between the record of epoch 2 and its state; and wall_s is the time of both stretches.
 
-    And wall_s is the time of both stretches: a state that says 1000 s is believed.
+    Fails if that record stays in the log, or if the clock starts anew.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
@@ -186,14 +186,16 @@ def test_every_warmup_makes_a_schedule(warmup, steps):
 
 
 def test_short_pretraining_is_what_find_weights_falls_back_on(tiny, tmp_path, monkeypatch):
-    """8 epochs of 64 images a step, lr 0.02, one evaluation. Fails if a setting of it changes: with it goes
-    the accuracy that the README's first command prints."""
+    """8 epochs of 64 images a step, lr 0.02, one evaluation.
+
+    Fails if a setting changes: with it goes the accuracy that a first run of gdfq.py starts from.
+    """
     seen = {}
-    monkeypatch.setattr(pretrain, "pretrain", lambda hp, *args, **kwargs: seen.update(vars(hp), **kwargs))
+    monkeypatch.setattr(pretrain, "pretrain", lambda hp, *args, **kw: seen.update(vars(hp), **kw))
     pretrain.short("resnet8", None, tmp_path / "w.pt", CPU)
     expected = dict(arch="resnet8", epochs=8, batch_size=64, lr=0.02, momentum=0.9, weight_decay=5e-4,
-                    warmup=0.2, label_smoothing=0.0, augment="crop-flip", optimizer="sgd", seed=0, init=None,
-                    amp=common.has_fast_bf16(CPU), command="short pretraining", eval_every=8)
+                    warmup=0.2, label_smoothing=0.0, augment="crop-flip", optimizer="sgd", seed=0,
+                    init=None, amp=common.has_fast_bf16(CPU), command="short pretraining", eval_every=8)
     assert {k: seen[k] for k in expected} == expected
 
 
@@ -208,7 +210,8 @@ def test_pretrain_command_writes_a_checkpoint_that_knows_itself(tiny, tmp_path):
     command = f"--arch resnet8 --dataset {tiny} --epochs 4 --batch-size 16 --save {tmp_path}/w.pt"
     common.run(pretrain.main, pretrain.parse, [*command.split(), "--out", f"{tmp_path}/o"])
     ck = torch.load(tmp_path / "w.pt", weights_only=True)
-    assert {"state_dict", "arch", "classes", "mean", "std", "size", "acc_pct", "command", "seed"} <= set(ck)
+    about = {"state_dict", "arch", "classes", "mean", "std", "size", "acc_pct", "command", "seed"}
+    assert about <= set(ck)
     log = [json.loads(line) for line in (tmp_path / "o" / "log.jsonl").open()]
     assert [r["event"] for r in log] == ["start", *["eval"] * 4, "end"]
     assert log[-1]["acc_pct"] == ck["acc_pct"]
@@ -221,21 +224,27 @@ def test_embed_keeps_all_test_images_and_the_first_train_images_of_each_class(tm
     """In file order. Fails if other images are kept, or the classes come one after the other."""
     from torchvision import datasets
 
-    g = torch.Generator().manual_seed(0)
-    sets = {}
-    for train, n in ((True, 200), (False, 40)):
-        x, y = torch.randint(0, 256, (n, 28, 28), generator=g).byte(), torch.arange(n) % 10
-        y = y[torch.randperm(n, generator=g)]
-        sets[train] = SimpleNamespace(data=x, targets=y, classes=list("abcdefghij"))
-        sets[train].__class__.__len__ = lambda self: len(self.targets)
-    monkeypatch.setattr(datasets, "FashionMNIST", lambda root, train, download: sets[train])
+    class Fake:
+        classes = list("abcdefghij")
+
+        def __init__(self, root, train, download):
+            n = 200 if train else 40
+            g = torch.Generator().manual_seed(n)
+            self.data = torch.randint(0, 256, (n, 28, 28), generator=g).byte()
+            self.targets = torch.randperm(n, generator=g) % 10
+
+        def __len__(self):
+            return len(self.targets)
+
+    monkeypatch.setattr(datasets, "FashionMNIST", Fake)
     file = tmp_path / "f.npz"
     common.run(pretrain.main, pretrain.parse, f"embed --per-class 3 --save {file}".split())
-    npz, y = np.load(file), sets[True].targets.tolist()
+    train, test, npz = Fake("", True, False), Fake("", False, False), np.load(file)
+    y = train.targets.tolist()
     first = [i for i in range(200) if y[:i].count(y[i]) < 3]
-    assert len(first) == 30 and np.array_equal(npz["train_images"], sets[True].data[first])
+    assert len(first) == 30 and np.array_equal(npz["train_images"], train.data[first])
     assert npz["train_labels"].tolist() == [y[i] for i in first]
-    assert np.array_equal(npz["test_images"], sets[False].data) and len(npz["classes"]) == 10
+    assert np.array_equal(npz["test_images"], test.data) and len(npz["classes"]) == 10
 
 
 @pytest.mark.parametrize("command, says", [

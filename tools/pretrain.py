@@ -40,10 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     a("--epochs", type=number(int, 1), default=30, help="passes over the train images")
     a("--batch-size", type=number(int, 2), default=128, help="images a step")
     a("--optimizer", default="sgd", choices=["sgd", "adamw"], help="sgd: Nesterov")
-    a("--lr", type=positive, default=0.1, help="peak of the one-cycle schedule; adamw: about 3e-3")
+    a("--lr", type=positive, default=0.1, help="peak of the one-cycle schedule; adamw: 3e-3 to 1e-2")
     a("--momentum", type=share, default=0.9, help="of sgd; adamw keeps its betas, 0.9 and 0.999")
-    a("--weight-decay", type=positive, default=5e-4,
-      help="on convolution and linear weights only; adamw: about 0.05")
+    a("--weight-decay", type=positive, default=5e-4, help="on convolution and linear weights only")
     a("--warmup", type=share, default=0.2, help="share of the steps in which the learning rate rises")
     a("--label-smoothing", type=share, default=0.0,
       help="0.1 may add a few tenths; it also keeps entropies up, and CEMA reads entropies")
@@ -219,13 +218,13 @@ def main(args: argparse.Namespace) -> None:
     data = common.load_data(args.dataset, args.data_dir)
     if data.train is None:
         raise InputError(f"--dataset {args.dataset}: no train/ folder beside val/")
-    if (n := len(data.train)) < args.batch_size:
-        raise InputError(f"--batch-size {args.batch_size}: {data.name} has only {n} train images")
     try:  # a wrong name, size or --init ends here, before anything is written
         network(args, data).eval()(torch.zeros(1, 3, data.size, data.size))
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--arch {args.arch}: does not run on the {data.size} px images of "
                          f"{data.name} ({e})") from None
+    if (n := len(data.train)) < args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: {data.name} has only {n} train images")
     save = Path(args.save or ROOT / "weights" / f"{data.name}_{args.arch}.pt")
     if save.is_dir():
         raise InputError(f"--save {save}: a folder; expected a file to write")
