@@ -213,7 +213,7 @@ def distillation_loss(g_logits: Tensor, f_logits: Tensor, e0: float, alpha: floa
     # ABLATE: without KL (--beta 0) 82.69, without entropy (--alpha 0) 83.67, without CE (--gamma 0)
     # 83.93, with all three 84.13 (few-classes, 1,500 images; results/cema/ablation).
     H_g, w_f = entropy(g_logits), sample_weight(entropy(f_logits), e0)
-    log_g, log_f = F.log_softmax(g_logits / T, 1), F.log_softmax(f_logits / T, 1)
+    log_g, log_f = common.log_softmax(g_logits / T), common.log_softmax(f_logits / T)
     kl = T**2 * (log_f.exp() * (log_f - log_g)).sum(1)  # (B,)
     ce = F.cross_entropy(g_logits, f_logits.argmax(1), reduction="none")  # (B,)
     return (alpha * sample_weight(H_g, e0) * H_g + beta * w_f * kl + gamma * w_f * ce).mean()
@@ -235,6 +235,9 @@ class FromBytes(nn.Module):
         return logits if self.keep is None else logits[:, self.keep]
 
 
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 class AdaptiveBN(nn.Module):
     """A BatchNorm whose statistics are those of training ("source"), of the batch at hand ("batch"), or
     a running mean of the test stream ("ema"); weight and bias are the original's.
@@ -246,8 +249,17 @@ class AdaptiveBN(nn.Module):
         self.mode, self.momentum, self.share = mode, momentum, 0.0  # share: see `average_in`
         self.register_buffer("running_mean", bn.running_mean.clone())
         self.register_buffer("running_var", bn.running_var.clone())
+        # A subclass may do more than normalise, as timm's with activation; made neutral, it does that.
+        self.rest = None if type(bn) in PLAIN else copy.deepcopy(bn).eval()
+        if self.rest is not None:
+            neutral = {"running_mean": 0.0, "running_var": 1 - bn.eps, "weight": 1.0, "bias": 0.0}
+            for name, value in neutral.items():
+                getattr(self.rest, name).data.fill_(value)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x) if self.rest is None else self.rest(self.normalise(x))
+
+    def normalise(self, x: Tensor) -> Tensor:
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         if self.mode == "batch":
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
@@ -286,7 +298,7 @@ def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",), momentum: f
 
     Only affine parameters of norm layers of these kinds require a gradient. InputError: there are none.
     """
-    model = copy.deepcopy(model).requires_grad_(False)
+    model = common.copy_of(model).requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm) and child.affine and child.running_mean is not None:
@@ -334,8 +346,9 @@ def decode(message: bytes, **expected: tuple) -> dict[str, np.ndarray]:
     for name, (dtype, shape) in expected.items():
         a = arrays[name]
         fits = len(a.shape) == len(shape) and all(n in (-1, m) for n, m in zip(shape, a.shape))
-        if a.dtype != dtype or not fits or not np.isfinite(a).all():
-            raise Refused(f"{name}: {a.dtype} {a.shape}, or not finite")
+        # No statistic and no parameter of a network that works is near a million; NaN is not below it.
+        if a.dtype != dtype or not fits or dtype == "f4" and not (np.abs(a) < 1e6).all():
+            raise Refused(f"{name}: {a.dtype} {a.shape}, or beyond belief")
     stats = arrays["stats"]  # means, then variances
     if (stats[len(stats) // 2:] < 0).any():
         raise Refused("negative variance")
@@ -390,7 +403,8 @@ class Link:
 class Edge:
     """A device: forwards, a threshold, messages. No optimizer, no gradient, nothing of the cloud's."""
 
-    STATE = ("model", "rng", "version", "batches", "seen", "h_sum", "h_warm", "e_max", "mean_probs")
+    STATE = ("model", "rng", "version", "good", "batches", "seen", "h_sum", "h_warm", "e_max",
+             "mean_probs")
 
     def __init__(self, model: nn.Module, hp: argparse.Namespace, classes: int, counts: Counter):
         self.model, self.affine, self.stats = configure(model, hp.bn, hp.affine)
@@ -399,6 +413,7 @@ class Edge:
         self.e0, self.e_min = hp.e0 * math.log(classes), hp.e_min * math.log(classes)
         self.version, self.batches, self.seen = 0, 0, 0
         self.h_sum, self.h_warm, self.e_max, self.mean_probs = 0.0, 0.0, self.e0, None
+        self.good = torch.from_numpy(flat(self.affine + self.stats))  # what the newest download replaced
         n, k = (sum(t.numel() for t in part) for part in (self.affine, self.stats))
         self.expected = {"version": ("i8", ()), "affine": ("f4", (n,)), "stats": ("f4", (k,))}
 
@@ -412,6 +427,9 @@ class Edge:
         average_in(self.model, len(x) / (self.seen + len(x)) if first else 0.0)
         t0 = time.perf_counter()
         logits = self.model(x).float().cpu()  # waits for an accelerator, too: the time is inference's
+        if self.version and logits.isnan().any():  # the newest parameters are bad: back to those before
+            fill(self.affine + self.stats, self.good.numpy())
+            logits = self.model(x).float().cpu()
         self.counts["edge_inference_s"] += time.perf_counter() - t0
         self.counts["edge_forwards"] += len(x)
         chosen = self.choose(logits)
@@ -432,6 +450,7 @@ class Edge:
             self.counts["refused_messages"] += 1
             return
         self.version = int(new["version"])
+        self.good = torch.from_numpy(flat(self.affine + self.stats))
         fill(self.affine, new["affine"])
         fill(self.stats, new["stats"])
 
@@ -439,9 +458,13 @@ class Edge:
         """Which images to upload.  (B, C) -> (B,) bool."""
         # D1: the mean that moves E_max holds this batch already.
         H, hp = entropy(logits), self.hp
+        known = H.isfinite()  # one image whose logits overflow must not end all uploads
+        self.counts["not_finite"] += int((~known).sum())
         self.batches += 1
-        self.h_sum, self.seen = self.h_sum + H.sum().item(), self.seen + len(H)
-        if self.batches <= hp.warmup_batches:
+        self.h_sum, self.seen = self.h_sum + H[known].sum().item(), self.seen + int(known.sum())
+        if self.seen == 0:
+            return known
+        if self.batches <= hp.warmup_batches or not self.h_warm:
             self.h_warm = self.h_sum / self.seen
             self.e_max = self.e0 if hp.dynamic else hp.lam * self.e0
         elif hp.dynamic:
@@ -611,12 +634,17 @@ class CEMA:
                  counts: Counter | None = None, **changes):
         self.hp = hp = hp or common.defaults(build_parser, **changes)
         self.counts, self.since_work = Counter() if counts is None else counts, 0
-        device = next(edge_model.parameters()).device
-        blank = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        with torch.no_grad():
-            C, C_f = (m.to(device).eval()(blank).shape[1] for m in (edge_model, foundation))
+        device, g = next(edge_model.parameters()).device, torch.Generator().manual_seed(0)
+        noise = torch.randint(256, (2, 3, image_size, image_size), dtype=torch.uint8, generator=g)
+        C, C_f = (common.check_network(m.to(device).eval(), noise) for m in (edge_model, foundation))
         if C != C_f:
             raise InputError(f"the edge's network knows {C} classes, the foundation {C_f}")
+        for net in (edge_model, foundation):
+            with torch.no_grad():
+                same = configure(net, "source", hp.affine)[0](noise)
+                if not torch.allclose(same, net(noise), rtol=1e-3, atol=1e-3):
+                    raise InputError(f"{type(net).__name__} answers differently once its BatchNorms can "
+                                     "adapt: one of them does more than normalise")
         if 0 < hp.replay < max(hp.replay_min, hp.replay_draw):
             raise InputError(f"--replay {hp.replay}: smaller than --replay-min {hp.replay_min} or "
                              f"--replay-draw {hp.replay_draw}; raise it, or --replay 0 for none")

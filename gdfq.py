@@ -522,6 +522,7 @@ class GDFQ:
         return stats
 
     def draw(self, n: int) -> int:
+        # Of the run's own numbers, so that a resumed run draws the same batches.
         return int(torch.randint(n, (), generator=self.rng))
 
 

@@ -145,8 +145,7 @@ def corrupted(x: Tensor, corruption: str, severity: int, each) -> Tensor:
         case "gaussian_noise":
             x = x + p * normal(3, S, S)
         case "shot_noise":
-            rate = (p * x).cpu()
-            x = each(lambda i, g: torch.poisson(rate[i], g)) / p
+            x = each(lambda i, g: torch.poisson((p * x[i]).cpu(), g)) / p
         case "impulse_noise":
             u = uniform(3, S, S)
             x = x.masked_fill(u < p / 2, 0).masked_fill(u > 1 - p / 2, 1)

@@ -54,10 +54,9 @@ def unpack(packed: dict[str, Tensor], q: nn.Module) -> nn.Module:
     lengths = [t.numel() for t in floats]
     expected = {"codes": sizes, "steps": channels, "zeros": channels, "floats": lengths}
     for key, parts in expected.items():
-        if packed[key].numel() != sum(parts):
-            n = packed[key].numel()
-            raise InputError(f"the file has {n} {key}, the network needs {sum(parts)}: they do not belong "
-                             "together")
+        n, needed = packed[key].numel(), sum(parts)
+        if n != needed:
+            raise InputError(f"the file has {n} {key}, the network needs {needed}: another network's?")
     codes, steps, zeros = (packed[key].split(expected[key]) for key in ("codes", "steps", "zeros"))
     for layer, k, code, s, zero in zip(layers, bits, codes, steps, zeros):
         shape = layer.weight.shape
