@@ -273,7 +273,7 @@ class AdaptiveBN(nn.Module):
             if self.share:  # the first images count before they are normalised
                 square = (var + mean**2).lerp_(var_b + mu_b**2, self.share)  # E[x^2] can be averaged
                 mean.lerp_(mu_b, self.share)
-                var.copy_(square - mean**2)
+                var.copy_((square - mean**2).clamp_min_(0))  # rounding may leave it below 0
             sd = (var + self.eps).sqrt()
             r, d = (var_b + self.eps).sqrt() / sd, (mu_b - mean) / sd
             if not self.share:  # later ones only after
@@ -334,10 +334,14 @@ def encode(**arrays) -> bytes:
 
 def decode(message: bytes, **expected: tuple) -> dict[str, np.ndarray]:
     """expected: name -> (dtype, shape), -1 for any length. Raises Refused for anything else."""
+    if len(message) > LARGEST_MESSAGE or message[:2] != b"PK":  # a lone .npy would be read at once
+        raise Refused("too large, or no .npz")
     try:
         with np.load(io.BytesIO(message), allow_pickle=False) as file:
-            if max(len(message), sum(part.file_size for part in file.zip.infolist())) > LARGEST_MESSAGE:
-                raise Refused("too large")
+            if sum(part.file_size for part in file.zip.infolist()) > LARGEST_MESSAGE:
+                raise Refused("claims too much")
+            if file.zip.testzip():  # all checksums, also of what a wrong header would leave unread
+                raise Refused("checksum")
             arrays = {name: file[name] for name in file.files}
     except Exception as e:  # BadZipFile, ValueError, EOFError: which one depends on the byte
         raise Refused(type(e).__name__) from None
@@ -734,8 +738,8 @@ class Baseline:
 
 def networks(args: argparse.Namespace, data: common.Data, keep, device) -> list[FromBytes]:
     """Edge and cloud. What can be checked without weights is checked before minutes go into those."""
-    for arch in (args.arch, args.foundation):
-        configure(common.build_model(arch, len(data.classes)), args.bn, args.affine)
+    for flag, arch in (("--arch", args.arch), ("--foundation", args.foundation)):
+        configure(common.build_model(arch, len(data.classes), flag=flag), args.bn, args.affine)
     dataset = args.dataset if args.stream in ("generated", "cifar-c") else data.name
     dataset, nets = "imagenet" if len(data.classes) == 1000 else dataset, []
     for arch, weights in ((args.arch, args.weights), (args.foundation, args.foundation_weights)):

@@ -185,6 +185,15 @@ def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip
     opt.step()
 
 
+def one_cycle(opt: torch.optim.Optimizer, lr: float, steps: int, warmup: float):
+    """The rate rises from lr / 25 for a share `warmup` of the steps, then falls to nothing; cosines."""
+    steps = max(2, steps)
+    if warmup * steps in (1, steps):  # torch divides by the length of a phase, which here would be 0
+        warmup *= 1 - 1e-6
+    return torch.optim.lr_scheduler.OneCycleLR(opt, max(lr, 1e-12), steps, pct_start=warmup,
+                                               cycle_momentum=False)
+
+
 @torch.no_grad()
 def check_network(model: nn.Module, example: Tensor, num_classes: int | None = None) -> int:
     """How many classes a network knows, by one forward of `example` (B, ...). Raises InputError where it

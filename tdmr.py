@@ -63,7 +63,6 @@ Departures from the spirit of the abstract, with the flag that goes back.
 """
 
 import argparse
-import copy
 import hashlib
 import math
 import time
@@ -183,8 +182,8 @@ def class_moments(rows) -> tuple[Tensor, Tensor]:
 
     rows: chunks (f (n, d), q (n, C)) with soft labels q. One class for all, q = 1: mean and covariance.
     """
-    # Sums over chunks: the features of all rows at once, in fp32, need not fit anywhere. Soft labels make
-    # an image count in several classes, each in its share.
+    # Sums over chunks: the features of all rows at once, in fp32, need not fit anywhere. Soft labels
+    # make an image count in several classes, each in its share.
     n = m = s = 0
     for f, q in rows:
         n, m, s = n + q.sum(0), m + q.T @ f, s + (f.T * q.sum(1)) @ f
@@ -318,7 +317,9 @@ class Extractor:
     """
 
     def __init__(self, foundation: Foundation, taps: int, device: torch.device, amp: bool):
-        self.model, self.device, self.amp = copy.deepcopy(foundation), device, amp
+        # A copy: hooks on F itself would go along wherever F goes.
+        self.foundation, self.model = foundation, common.copy_of(foundation)
+        self.device, self.amp = device, amp
         self.forwards, self.seen = 0, []
         # What features depend on, beside images and weights: cached ones are refused when it differs.
         self.key = f"{foundation.size} {foundation.mean} {foundation.std} {taps} {amp}"
@@ -608,8 +609,7 @@ def train_student(student: nn.Module, rows: Rows, data: common.Data, lesson: Les
         params += psi.parameters()
     opt = torch.optim.SGD(params, hp.lr, hp.momentum, nesterov=hp.momentum > 0,
                           weight_decay=hp.weight_decay)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, max(hp.lr, 1e-12), max(2, hp.steps),
-                                                pct_start=hp.warmup, cycle_momentum=False)
+    sched = common.one_cycle(opt, hp.lr, hp.steps, hp.warmup)
     g, split, labels = torch.Generator().manual_seed(hp.seed), rows.views_l * rows.n_l, rows.labels
     taught = lesson.p is not None or lesson.logits is not None
     student.train()
@@ -659,8 +659,8 @@ def head_accuracy_pct(net: nn.Module, features: Tensor, y: Tensor, device: torch
 
 def print_table(table: dict[str, list[dict]], title: str) -> None:
     """Rows: methods, mean +- sample std over seeds. Columns: top-1 and what it cost."""
-    heads = ("top-1 %", "step-1 params", "F forwards", "step 1, s", "step 2, s", "kB")
-    print(f"\n{title:<24}{heads[0]:>15}{heads[1]:>15}" + "".join(f"{head:>11}" for head in heads[2:]))
+    print(f"\n{title}\n{'':<24}{'top-1 %':>15}{'step-1 params':>15}" + "".join(
+        f"{head:>11}" for head in ("F forwards", "step 1, s", "step 2, s", "kB")))
     for name, runs in table.items():
         acc, mean = [r["acc"] for r in runs], {k: np.mean([r[k] for r in runs]) for k in runs[0]}
         spread = f" +- {np.std(acc, ddof=1):.2f}" if len(acc) > 1 else ""
@@ -783,7 +783,7 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
             row = dict(acc=results["acc_probe_pct"], params=params["probe"], forwards=forwards,
                        bytes=size_of(extractor.model), step1_s=features_s + train_s["probe"], step2_s=0)
         elif method == "finetune":
-            row = finetune(rows, data, extractor.model, hp, device, log)
+            row = finetune(rows, data, extractor.foundation, hp, device, log)
         else:
             of_p, of_logits = TEACHERS[method]
             source = of_logits or of_p
@@ -819,7 +819,7 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
 
 def finetune(rows: Rows, data: common.Data, foundation: Foundation, hp, device, log) -> dict:
     """The upper reference: a copy of F with a new head, all of it trained on the labelled images."""
-    t0, net, C = time.time(), copy.deepcopy(foundation).requires_grad_(True), len(data.classes)
+    t0, net, C = time.time(), common.copy_of(foundation).requires_grad_(True), len(data.classes)
     head = last_linear(net, data.size, "--foundation")
     with seeded(hp.seed):
         new = nn.Linear(head.in_features, C).to(device)

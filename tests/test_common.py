@@ -177,12 +177,27 @@ def test_broken_weights_are_one_clear_line(tiny, tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:2000])
     torch.save({"state_dict": five, "classes": list("abcde")}, tmp_path / "five.pt")
     torch.save(five, tmp_path / "bare.pt")
+    torch.save(state | {"fc.bias": torch.full((4,), math.nan)}, tmp_path / "nan.pt")
+    torch.save({"state_dict": state, "arch": "resnet8"}, tmp_path / "named.pt")
     for name, arch, says in (("none.pt", "resnet8", "no such file"), ("half.pt", "resnet8", "truncated"),
                              ("five.pt", "resnet8", "5 classes"), ("bare.pt", "resnet8", "does not fit"),
-                             ("good.pt", "resnet14", "does not fit")):
+                             ("good.pt", "resnet14", "does not fit"),
+                             ("nan.pt", "resnet8", "fc.bias holds NaN"),
+                             ("named.pt", "resnet14", "the file holds a resnet8")):
         with pytest.raises(InputError, match=says) as e:
             common.find_weights(arch, str(tiny), data, str(tmp_path / name), CPU)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda s: s, lambda s: {"model": s}, lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+def test_weight_files_of_other_programs_load(wrap, tmp_path):
+    """Bare, wrapped, of DataParallel, of torch.compile. Fails if one prefix or wrapper is not known."""
+    state = common.build_model("resnet8", 5).state_dict()
+    torch.save(wrap(state), tmp_path / "w.pt")
+    loaded = common.load_network(tmp_path / "w.pt", "resnet8", 5)[0].state_dict()
+    assert all(torch.equal(state[k], v) for k, v in loaded.items())
 
 
 def test_missing_weights_name_the_command_that_makes_them(tiny):

@@ -51,8 +51,8 @@ def test_the_packed_file_is_as_small_as_computed_and_reproduces_every_logit(wbit
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(arch="resnet14"), "do not belong together"),
-    (dict(wbits=3), "do not belong together"),
+    (dict(arch="resnet14"), "another network's?"),
+    (dict(wbits=3), "another network's?"),
     (dict(arch="resnet9"), "no such network"),
     (dict(wbits=9), "expected 2 to 8 bits"),
     (dict(), "made for 4 classes of 32 px images; fashion has 10"),

@@ -176,7 +176,7 @@ def test_every_warmup_makes_a_schedule(warmup, steps):
     """Also one step or all of them: torch divides by zero there. Fails if the phases are torch's own."""
     hp = common.defaults(build_parser, warmup=warmup)
     opt = pretrain.optimizer(hp, torch.nn.Linear(2, 2))
-    sched, rates = pretrain.one_cycle(hp, opt, steps), []
+    sched, rates = common.one_cycle(opt, hp.lr, steps, hp.warmup), []
     for _ in range(steps):
         rates.append(opt.param_groups[0]["lr"])
         opt.step()

@@ -80,14 +80,6 @@ def optimizer(hp: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, hp.lr, hp.momentum, nesterov=hp.momentum > 0)
 
 
-def one_cycle(hp: argparse.Namespace, opt: torch.optim.Optimizer, steps: int):
-    """The learning rate rises from lr / 25 for a share of the steps, then falls to nothing; cosines."""
-    warmup = hp.warmup
-    if warmup * steps in (1, steps):  # torch divides by the length of a phase, which here is 0
-        warmup *= 1 - 1e-6
-    return torch.optim.lr_scheduler.OneCycleLR(opt, hp.lr, steps, pct_start=warmup, cycle_momentum=False)
-
-
 def augmented(x: Tensor, kind: str) -> Tensor:
     """What --augment adds to crop and flip.  uint8 (B, 3, S, S) -> the same.
 
@@ -124,7 +116,7 @@ def pretrain(hp: argparse.Namespace, data: common.Data, save: Path, device: torc
     model = network(hp, data).to(device, memory_format=torch.channels_last)
     opt = optimizer(hp, model)
     steps = len(data.train) // hp.batch_size  # the last, smaller batch of an epoch is dropped
-    sched = one_cycle(hp, opt, hp.epochs * steps)
+    sched = common.one_cycle(opt, hp.lr, hp.epochs * steps, hp.warmup)
     file = save.with_name(save.name + ".resume")
     parts = dict(zip(PARTS, (model, opt, sched, g)))
     first, acc = 0, math.nan
