@@ -610,7 +610,7 @@ class Cloud:
 
     def remember(self, u: Tensor) -> None:
         """First in, first out."""
-        # After the step that used them: an upload is not replayed beside itself.
+        # Only after `work` has drawn: an upload is not replayed beside itself.
         u = u[:len(self.replay)]
         if len(u):
             self.replay[torch.arange(self.added, self.added + len(u)) % len(self.replay)] = u
@@ -636,10 +636,11 @@ class CEMA:
 
     def __init__(self, edge_model: nn.Module, foundation: nn.Module, image_size: int, hp=None,
                  counts: Counter | None = None, **changes):
-        self.hp = hp = hp or common.defaults(build_parser, **changes)
+        self.hp = hp = common.defaults(build_parser, hp, **changes)
         self.counts, self.since_work = Counter() if counts is None else counts, 0
         device, g = next(edge_model.parameters()).device, torch.Generator().manual_seed(0)
         noise = torch.randint(256, (2, 3, image_size, image_size), dtype=torch.uint8, generator=g)
+        noise = noise.to(device)
         C, C_f = (common.check_network(m.to(device).eval(), noise) for m in (edge_model, foundation))
         if C != C_f:
             raise InputError(f"the edge's network knows {C} classes, the foundation {C_f}")

@@ -152,23 +152,28 @@ def seeded(seed: int):
 # ===== Hyperparameters ===============================================================================
 
 
-def defaults(build_parser, **changes) -> argparse.Namespace:
-    """The flags' defaults, some changed: hyperparameters for those who import a class, not a script.
+def defaults(build_parser, hp: argparse.Namespace | None = None, **changes) -> argparse.Namespace:
+    """hp, or else the flags' defaults, with changes: hyperparameters for those who import a class.
 
     Raises TypeError for a name that is no flag, InputError for a value that the flag would refuse.
     """
     parser = build_parser()
-    flags = {action.dest: action for action in parser._actions}
+    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
     if unknown := changes.keys() - flags.keys():
         raise TypeError(f"not a flag of {parser.prog}: {', '.join(sorted(unknown))}")
     for name, value in changes.items():
-        for v in value if isinstance(value, (list, tuple)) else [value]:
-            if v is not None and not isinstance(v, bool):
-                try:
+        many, is_list = flags[name].nargs in ("*", "+", 2), isinstance(value, (list, tuple))
+        if many != is_list:
+            raise InputError(f"{name} {value}: expected {'a list' if many else 'one value'}")
+        try:
+            for v in value if many else [value]:
+                if v is not None and not isinstance(v, bool):  # None: "as the flag left out"
                     parser._check_value(flags[name], parser._get_value(flags[name], str(v)))
-                except argparse.ArgumentError as e:
-                    raise InputError(str(e)) from None
-    return argparse.Namespace(**vars(parser.parse_args([])) | changes)
+        except argparse.ArgumentError as e:
+            raise InputError(str(e)) from None
+        if isinstance(value, str) and flags[name].type:
+            changes[name] = flags[name].type(value)
+    return argparse.Namespace(**vars(hp or parser.parse_args([])) | changes)
 
 
 def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip: float = 0.0) -> None:
@@ -507,7 +512,7 @@ def load_file(path: str | Path, keys: tuple[str, ...], what: str) -> dict:
 
 
 # What a checkpoint may say of itself.
-ABOUT = {"classes": list, "mean": list, "std": list, "size": int, "acc_pct": float, "arch": str,
+ABOUT = {"classes": list, "mean": list, "std": list, "size": int, "acc_pct": (int, float), "arch": str,
          "dataset": str}
 
 
@@ -523,8 +528,8 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
             state, about = state[key], {k: v for k, v in state.items() if k in ABOUT}
             break
     if wrong := [k for k, v in about.items() if not isinstance(v, ABOUT[k])]:
-        raise InputError(f"{file}: its {wrong[0]} is a {type(about[wrong[0]]).__name__}, expected "
-                         f"{ABOUT[wrong[0]].__name__}")
+        raise InputError(f"{file}: its {wrong[0]} is a {type(about[wrong[0]]).__name__}, not what "
+                         "tools/pretrain.py writes")
     bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
     if bad:
         raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
@@ -709,12 +714,13 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
 def accuracy_pct(model: nn.Module, data: Data, split, device, batch_size: int = 250) -> float:
     """Top-1 in percent over a whole split, in eval mode and fp32 (no TF32)."""
     torch.backends.cudnn.allow_tf32 = False
-    training, hits, total = model.training, 0, 0
+    training, hits, total = [m for m in model.modules() if m.training], 0, 0
     model.eval()
     for x, y in batches(split, batch_size):
         hits += (model(to_input(x, data.mean, data.std, device)).argmax(1).cpu() == y).sum().item()
         total += len(y)
-    model.train(training)
+    for m in training:
+        m.training = True
     return 100 * hits / total
 
 

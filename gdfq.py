@@ -399,7 +399,7 @@ class GDFQ:
     STATE = ("generator", "student", "opt_g", "opt", "rng", "iteration", "buffer")
 
     def __init__(self, model: nn.Module, num_classes: int, image_size: int, hp=None, **changes):
-        self.hp = hp = hp or common.defaults(build_parser, **changes)
+        self.hp = hp = common.defaults(build_parser, hp, **changes)
         if hp.warmup_epochs >= hp.epochs:
             raise InputError(f"--warmup-epochs {hp.warmup_epochs}: not below --epochs {hp.epochs}")
         if not any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules()):

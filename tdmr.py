@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--momentum", type=share, default=0.9, help="Nesterov momentum")
     a("--weight-decay", type=positive, default=5e-4, help="on all weights")
     a("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
-    a("--finetune-lr", type=positive, default=0.01, help="the same for the row finetune")
+    a("--finetune-lr", type=positive, default=0.01, help="peak rate of the row finetune")
     a = p.add_argument_group("run").add_argument
     a("--out", help="folder of log and features; None: runs/tdmr/<data>_<target>_<shots>_<unlabelled>")
     a("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="a run and a folder each")

@@ -278,6 +278,32 @@ def test_layer_and_group_norm_adapt_too():
         configure(nn.Conv2d(3, 4, 3), "ema")
 
 
+class WithReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Centred(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x - x.mean((2, 3), keepdim=True))
+
+
+def test_what_else_a_batchnorm_does_it_still_does():
+    """After it: an activation. Before it: refused. Fails if a subclass is replaced by a plain one."""
+    def net(kind):
+        bn = kind(4)
+        bn.running_mean.uniform_(-1, 1), bn.running_var.uniform_(0.5, 2), bn.bias.data.uniform_(-1, 1)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2), bn, nn.Flatten(), nn.Linear(4 * 15 * 15, 10))
+        return FromBytes(layers.eval(), [0.5] * 3, [0.25] * 3)
+
+    model, x = net(WithReLU), torch.randn(8, 4, 5, 5)
+    for mode, train in (("source", False), ("ema", False), ("batch", True)):
+        bn = configure(model, mode)[0].net[1]
+        assert torch.allclose(bn(x), model.net[1].train(train)(x), atol=1e-5) and (bn(x) == 0).any()
+    with pytest.raises(InputError, match="does more than normalise"):
+        quick(edge=net(Centred))
+
+
 def test_masked_classes_are_gone_from_the_logits():
     """Fails if they are set to zero."""
     model, x = small(), images(4)
@@ -347,6 +373,7 @@ BAD = {"no statistics": changed(stats=None), "no version": changed(version=None)
        "one array too many": changed(more=ONES), "float64": changed(affine=ONES.astype("f8")),
        "big-endian": changed(affine=ONES.astype(">f4")), "a version of 5.0": changed(version=ONES[0]),
        "NaN": changed(affine=ONES * math.nan), "infinite": changed(stats=ONES[:2] * math.inf),
+       "a million": changed(affine=ONES * -1e6), "a variance of a million": changed(stats=ONES[:2] * 1e6),
        "negative variance": changed(stats=-ONES[:2]), "fewer": changed(affine=ONES[:2]),
        "more": changed(affine=np.ones(4, "f4")), "a matrix": changed(affine=ONES[None]),
        "objects": changed(affine=BOMBS), "an upload": upload(images(1)), "no arrays": cema.encode(),
@@ -619,6 +646,33 @@ def test_single_images_set_off_no_more_cloud_work_than_batches():
     for t in range(64):
         method.step(images(1, t))
     assert method.cloud.steps == 4
+
+
+def test_a_download_that_ends_in_nan_is_undone():
+    """Parameters and statistics; the next one counts. Fails if the edge answers NaN, or for good."""
+    method = stepped(3)
+    edge, twin, x = method.edge, method.cloud.twin, images(16, 9)
+    want = copy.deepcopy(edge).step(x, [])[0]
+    bad = [download(edge.version + k, [9e5 * torch.ones_like(t) for t in twin.affine], twin.stats)
+           for k in (1, 2)]
+    for arrived in (bad[:1], bad):
+        at = copy.deepcopy(edge)
+        assert torch.equal(at.step(x, arrived)[0], want)
+        assert same(at.affine + at.stats, edge.affine + edge.stats) and at.version > edge.version
+    at.step(x, [download(edge.version + 3, twin.affine, twin.stats)])
+    assert same(at.affine + at.stats, twin.affine + twin.stats)
+
+
+def test_one_image_whose_logits_overflow_does_not_end_all_uploads():
+    """It is counted, and not sent. Fails if its entropy enters the mean that moves E_max."""
+    logits, counts = torch.randn(64, 10) * 4, Counter()
+    edge, plain = one_edge(counts=counts, warmup_batches=1), one_edge(warmup_batches=1)
+    broken = torch.cat([logits, torch.full((1, 10), math.nan)])
+    for _ in range(2):
+        chosen, want = edge.choose(broken), plain.choose(logits)
+        assert torch.equal(chosen[:64], want) and want.any() and not chosen[64]
+    assert edge.e_max == plain.e_max and counts["not_finite"] == 2
+    assert not one_edge(warmup_batches=1).choose(broken[64:]).any()
 
 
 def test_nan_stops_the_run_with_the_name_of_the_loss():
