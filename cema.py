@@ -417,13 +417,15 @@ class Edge:
         self.e0, self.e_min = hp.e0 * math.log(classes), hp.e_min * math.log(classes)
         self.version, self.batches, self.seen = 0, 0, 0
         self.h_sum, self.h_warm, self.e_max, self.mean_probs = 0.0, 0.0, self.e0, None
-        self.good = torch.from_numpy(flat(self.affine + self.stats))  # what the newest download replaced
+        self.good = torch.from_numpy(flat(self.affine + self.stats))  # the way back from bad downloads
         n, k = (sum(t.numel() for t in part) for part in (self.affine, self.stats))
         self.expected = {"version": ("i8", ()), "affine": ("f4", (n,)), "stats": ("f4", (k,))}
 
     @torch.no_grad()
     def step(self, x: Tensor, arrived: list[bytes]) -> tuple[Tensor, bytes | None, int]:
         """uint8 (B, 3, S, S), downloads -> logits (B, C), an upload or None, the images it holds."""
+        if arrived:  # what answered the last batch without NaN is good
+            self.good = torch.from_numpy(flat(self.affine + self.stats))
         for message in arrived:
             self.take_over(message)
         # Until the cloud's statistics come, those of the first images serve, these included.
@@ -454,7 +456,6 @@ class Edge:
             self.counts["refused_messages"] += 1
             return
         self.version = int(new["version"])
-        self.good = torch.from_numpy(flat(self.affine + self.stats))
         fill(self.affine, new["affine"])
         fill(self.stats, new["stats"])
 
