@@ -338,11 +338,13 @@ def decode(message: bytes, **expected: tuple) -> dict[str, np.ndarray]:
         raise Refused("too large, or no .npz")
     try:
         with np.load(io.BytesIO(message), allow_pickle=False) as file:
-            if sum(part.file_size for part in file.zip.infolist()) > LARGEST_MESSAGE:
+            size = sum(part.file_size for part in file.zip.infolist())
+            if size > LARGEST_MESSAGE:
                 raise Refused("claims too much")
-            if file.zip.testzip():  # all checksums, also of what a wrong header would leave unread
-                raise Refused("checksum")
             arrays = {name: file[name] for name in file.files}
+            # The checksum counts once all is read; a wrong header (128 bytes) could leave a rest unread.
+            if size != sum(a.nbytes + 128 for a in arrays.values()):
+                raise Refused("not read to its end")
     except Exception as e:  # BadZipFile, ValueError, EOFError: which one depends on the byte
         raise Refused(type(e).__name__) from None
     if arrays.keys() != expected.keys():  # damage in the zip's directory can hide an array
@@ -407,7 +409,7 @@ class Link:
 class Edge:
     """A device: forwards, a threshold, messages. No optimizer, no gradient, nothing of the cloud's."""
 
-    STATE = ("model", "rng", "version", "good", "batches", "seen", "h_sum", "h_warm", "e_max",
+    STATE = ("model", "rng", "version", "newest", "good", "batches", "seen", "h_sum", "h_warm", "e_max",
              "mean_probs")
 
     def __init__(self, model: nn.Module, hp: argparse.Namespace, classes: int, counts: Counter):
@@ -417,7 +419,7 @@ class Edge:
         self.e0, self.e_min = hp.e0 * math.log(classes), hp.e_min * math.log(classes)
         self.version, self.batches, self.seen = 0, 0, 0
         self.h_sum, self.h_warm, self.e_max, self.mean_probs = 0.0, 0.0, self.e0, None
-        self.good = torch.from_numpy(flat(self.affine + self.stats))  # the way back from bad downloads
+        self.newest = self.good = self.snapshot()  # good: the way back from bad downloads
         n, k = (sum(t.numel() for t in part) for part in (self.affine, self.stats))
         self.expected = {"version": ("i8", ()), "affine": ("f4", (n,)), "stats": ("f4", (k,))}
 
@@ -425,18 +427,21 @@ class Edge:
     def step(self, x: Tensor, arrived: list[bytes]) -> tuple[Tensor, bytes | None, int]:
         """uint8 (B, 3, S, S), downloads -> logits (B, C), an upload or None, the images it holds."""
         if arrived:  # what answered the last batch without NaN is good
-            self.good = torch.from_numpy(flat(self.affine + self.stats))
+            self.good = self.newest if self.version else self.snapshot()
         for message in arrived:
             self.take_over(message)
         # Until the cloud's statistics come, those of the first images serve, these included.
         first = self.version == 0 and self.seen < self.hp.seed_images
-        average_in(self.model, len(x) / (self.seen + len(x)) if first else 0.0)
+        if first:
+            average_in(self.model, len(x) / (self.seen + len(x)))
         t0 = time.perf_counter()
         logits = self.model(x).float().cpu()  # waits for an accelerator, too: the time is inference's
         if self.version and logits.isnan().any():  # the newest parameters are bad: back to those before
-            fill(self.affine + self.stats, self.good.numpy())
+            self.use(self.good)
             logits = self.model(x).float().cpu()
         self.counts["edge_inference_s"] += time.perf_counter() - t0
+        if first:
+            average_in(self.model, 0.0)
         self.counts["edge_forwards"] += len(x)
         chosen = self.choose(logits)
         if not chosen.any():
@@ -456,8 +461,16 @@ class Edge:
             self.counts["refused_messages"] += 1
             return
         self.version = int(new["version"])
-        fill(self.affine, new["affine"])
-        fill(self.stats, new["stats"])
+        self.use([torch.from_numpy(new["affine"]), torch.from_numpy(new["stats"])])
+
+    def snapshot(self) -> list[Tensor]:
+        return [torch.from_numpy(flat(part)) for part in (self.affine, self.stats)]
+
+    def use(self, parts: list[Tensor]) -> None:
+        """Affine parameters and statistics, each flat, become the network's."""
+        self.newest = parts
+        for tensors, values in zip((self.affine, self.stats), parts):
+            fill(tensors, values.numpy())
 
     def choose(self, logits: Tensor) -> Tensor:
         """Which images to upload.  (B, C) -> (B,) bool."""
@@ -612,7 +625,7 @@ class Cloud:
     def remember(self, u: Tensor) -> None:
         """First in, first out."""
         # Only after `work` has drawn: an upload is not replayed beside itself.
-        u = u[:len(self.replay)]
+        u = u[max(0, len(u) - len(self.replay)):]
         if len(u):
             self.replay[torch.arange(self.added, self.added + len(u)) % len(self.replay)] = u
             self.added += len(u)
