@@ -22,7 +22,6 @@ import common
 from common import InputError
 from tools.corruptions import CORRUPTIONS, HELD_OUT, corrupt
 
-STREAMS = ("generated", "imagenet-c", "cifar-c", "imagenet-r", "folder")
 ORDERS = ("reset", "lifelong", "mixed", "label-shift")
 
 
