@@ -68,6 +68,7 @@ import copy
 import io
 import math
 import time
+import warnings
 from collections import Counter, deque
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--d-margin", type=share, default=0.0, help="redundancy filter; published: 0 (off), 0.05")
     a("--select", default="entropy", choices=["entropy", "random", "all", "none"],
       help="random: as many images of the batch as entropy would choose")
-    a("--seed-images", type=number(int, 1), default=64, help="first images averaged (--bn ema)")
+    a("--seed-images", type=number(int, 1), default=64, help="averaged until a download comes")
     a = p.add_argument_group("cloud").add_argument
     a("--lr", type=positive, default=2.5e-3, help="of g; too high: accuracy falls. Published: 2.5e-3")
     a("--lr-f", type=positive, default=2.5e-4, help="of f; published: 2.5e-4")
@@ -151,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--eta-lr", type=positive, default=2.5e-4, help="SGD of ETA; published: 2.5e-4, CIFAR-10 5e-3")
     a("--eta-d-margin", type=share, default=0.4, help="published: 0.05 (ImageNet), 0.4 (CIFAR-10)")
     a = p.add_argument_group("run").add_argument
-    a("--out", help="folder for log.jsonl; None: runs/cema/<dataset>_<arch>_<order>_s0")
+    a("--out", help="folder for log.jsonl; None: runs/cema/<data>_<arch>_<order>_<flags>")
     a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of corruptions, order, replay, link")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=yes_no, help="bf16 autocast in training; None: where the hardware has it")
@@ -261,9 +262,10 @@ class AdaptiveBN(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        if self.mode == "batch":
+        alone = x.numel() == x.shape[1]  # one value a channel has no variance
+        if self.mode == "batch" and not alone:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        if self.mode == "source" or not (self.training or self.share):
+        if self.mode != "ema" or alone or not (self.training or self.share):
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         # Batch renormalisation (Ioffe 2017): x_hat = (x - mu_B) / sd_B * r + d, with r and d constant.
         # Its value is (x - mu) / sd, that of eval mode. Its gradient flows through the batch's
@@ -431,13 +433,15 @@ class Edge:
             self.good = self.newest if self.version else self.snapshot()
         for message in arrived:
             self.take_over(message)
-        # Until the cloud's statistics come, those of the first images serve, these included.
-        first = self.version == 0 and self.seen < self.hp.seed_images
+        # Until the cloud's statistics come, those of the newest images serve, these included. Of the
+        # first ones alone, a covered lens would stay for good.
+        first, n = self.version == 0, len(x)
         if first:
-            average_in(self.model, len(x) / (self.seen + len(x)))
+            average_in(self.model, n / (n + min(self.seen, max(0, self.hp.seed_images - n))))
         t0 = time.perf_counter()
         logits = self.model(x).float().cpu()  # waits for an accelerator, too: the time is inference's
-        if self.version and logits.isnan().any():  # the newest parameters are bad: back to those before
+        nan = logits.isnan().any(1)
+        if self.version and nan.sum() > len(x) / 2:  # bad parameters, not a bad image: back to the last
             self.use(self.good)
             logits = self.model(x).float().cpu()
         self.counts["edge_inference_s"] += time.perf_counter() - t0
@@ -456,7 +460,8 @@ class Edge:
         """A download, if whole, finite, of the right sizes and newer. Else the last good one stays."""
         try:
             new = decode(message, **self.expected)
-            if new["version"] <= self.version:
+            # Far below is no old message: the cloud began anew, or one lied, once, to block all others.
+            if 0 <= self.version - int(new["version"]) < 1000:
                 raise Refused("stale")
         except Refused:
             self.counts["refused_messages"] += 1
@@ -513,6 +518,7 @@ class Learner:
         self.model, self.affine, self.stats = configure(model, hp.bn, hp.affine, hp.bn_momentum)
         self.opt = torch.optim.SGD(self.affine, lr, hp.momentum)
         self.source, self.seeded, self.amp = flat(self.affine), False, hp.amp
+        self.source_stats = flat(self.stats)
 
     def forward(self, x: Tensor, learn: bool) -> Tensor:
         """uint8 (B, 3, S, S) -> logits (B, C), fp32. learn: with a graph, and statistics move."""
@@ -524,10 +530,13 @@ class Learner:
         with torch.set_grad_enabled(learn), common.autocast(self.affine[0].device, self.amp):
             return self.model(x).float()
 
-    def reset(self) -> None:
+    def reset(self, stats: bool = False) -> None:
         """Affine parameters and momentum begin anew. Statistics follow the images, and stay."""
         fill(self.affine, self.source)
         self.opt.state.clear()
+        if stats:
+            fill(self.stats, self.source_stats)
+            self.seeded = False
 
 
 class Cloud:
@@ -560,10 +569,29 @@ class Cloud:
         if len(new["stats"]) and self.steps == 0:
             fill(self.twin.stats, new["stats"])
             self.twin.seeded = True
-        self.pending = torch.cat([self.pending, torch.from_numpy(new["images"])])
+        # A flood pushes out the oldest, and `work` stays short.
+        most = 16 * max(self.hp.cloud_batch, self.hp.batch_size)
+        self.pending = torch.cat([self.pending, torch.from_numpy(new["images"])])[-most:]
 
     def work(self) -> bytes | None:
         """What one batch of the edge sets off: learning, and a download."""
+        try:
+            self.learn()
+        except InputError as e:  # NaN, by --lr or by hostile images, never ends the edge's loop
+            warnings.warn(f"{e}; both networks begin anew")
+            self.f.reset(stats=True)
+            self.twin.reset(stats=True)
+            self.counts["resets"] += 1
+        self.rounds += 1
+        if self.sent == self.steps or self.rounds % self.hp.download_every:
+            return None
+        self.sent = self.steps  # a version is a number of steps: the newer one is the larger
+        # All parameters, each time: a lost message harms nobody, since the next one is complete.
+        affine, stats = flat(self.twin.affine), flat(self.twin.stats)
+        return encode(version=np.int64(self.steps), affine=affine, stats=stats)
+
+    def learn(self) -> None:
+        """A step for every --cloud-batch uploads; where there is none, one on replayed images."""
         hp, before = self.hp, self.steps
         while len(self.pending) >= hp.cloud_batch:
             u, self.pending = self.pending[:hp.cloud_batch], self.pending[hp.cloud_batch:]
@@ -586,13 +614,6 @@ class Cloud:
             x = self.draw(hp.cloud_batch + hp.replay_draw)
             self.distil(x, self.foundation(x, learn=False))
             self.counts["replay_only_steps"] += 1
-        self.rounds += 1
-        if self.sent == self.steps or self.rounds % hp.download_every:
-            return None
-        self.sent = self.steps  # a version is a number of steps: the newer one is the larger
-        # All parameters, each time: a lost message harms nobody, since the next one is complete.
-        affine, stats = flat(self.twin.affine), flat(self.twin.stats)
-        return encode(version=np.int64(self.steps), affine=affine, stats=stats)
 
     def foundation(self, x: Tensor, learn: bool) -> Tensor:
         self.counts["cloud_forwards"] += len(x)
@@ -668,8 +689,8 @@ class CEMA:
         if 0 < hp.replay < max(hp.replay_min, hp.replay_draw):
             raise InputError(f"--replay {hp.replay}: smaller than --replay-min {hp.replay_min} or "
                              f"--replay-draw {hp.replay_draw}; raise it, or --replay 0 for none")
-        if hp.e_min >= hp.e0 * max(1, hp.lam):
-            raise InputError(f"--e-min {hp.e_min}: not below E_max, which starts at --e0 {hp.e0}, so "
+        if hp.e_min >= hp.e0 * (max(1, hp.lam) if hp.dynamic else hp.lam):
+            raise InputError(f"--e-min {hp.e_min}: not below E_max, --e0 {hp.e0} and --lam {hp.lam}, so "
                              "nothing would ever be uploaded; lower it")
         # ABLATE: several edges are several of these, with one `cloud.f` for all: not measured.
         self.edge = Edge(edge_model, hp, C, self.counts)
@@ -678,6 +699,9 @@ class CEMA:
 
     def step(self, x: Tensor) -> Tensor:
         """One batch.  uint8 (B, 3, S, S) -> logits (B, C), from before anything was learned of x."""
+        if x.dtype != torch.uint8 or x.shape[1:] != self.cloud.pending.shape[1:]:
+            raise InputError(f"step: images are {x.dtype} {tuple(x.shape)}; expected uint8 (B, 3, S, S) "
+                             f"with S = {self.cloud.pending.shape[-1]}")
         # The edge never waits: it answers with what has arrived, and what it uploads is work for later.
         link, counts, t0 = self.link, self.counts, time.perf_counter()
         logits, upload, n = self.edge.step(x, link.receive("down"))
@@ -755,7 +779,12 @@ class Baseline:
 def networks(args: argparse.Namespace, data: common.Data, keep, device) -> list[FromBytes]:
     """Edge and cloud. What can be checked without weights is checked before minutes go into those."""
     for flag, arch in (("--arch", args.arch), ("--foundation", args.foundation)):
-        configure(common.build_model(arch, len(data.classes), flag=flag), args.bn, args.affine)
+        net = common.build_model(arch, len(data.classes), flag=flag).eval()
+        try:
+            common.check_network(net, torch.zeros(2, 3, data.size, data.size))
+            configure(net, args.bn, args.affine)
+        except InputError as e:
+            raise InputError(f"{flag} {arch}: {e}") from None
     dataset = args.dataset if args.stream in ("generated", "cifar-c") else data.name
     dataset, nets = "imagenet" if len(data.classes) == 1000 else dataset, []
     for arch, weights in ((args.arch, args.weights), (args.foundation, args.foundation_weights)):
@@ -788,7 +817,9 @@ def main(args: argparse.Namespace) -> None:
     data, domains, keep = streams.load_domains(args)
     kind = "" if args.recipe == "paper" else f"_{args.recipe}"
     name = f"{data.name}_{args.arch}_{args.order}{kind}_s{args.seed}"
-    out = common.check_out(Path(args.out or f"runs/cema/{name}"))
+    usual, told = parse(["--recipe", args.recipe]), "dataset arch order recipe seed"
+    out = Path(args.out or common.default_out("cema", name, args, usual, told))
+    common.check_out(out, args)
     nets, C = networks(args, data, keep, device), len(keep or data.classes)
     print(f"device: {common.device_name(device)}, {torch.get_num_threads()} threads, training in "
           f"{'bf16' if args.amp else 'fp32'}; recipe: {args.recipe} {RECIPES[args.recipe] or ''}")

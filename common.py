@@ -16,6 +16,7 @@ It needs torch, torchvision, numpy and tqdm. From top to bottom:
 import argparse
 import copy
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -78,6 +79,10 @@ def number(kind: type, lo: float = -math.inf, hi: float = math.inf):
     return parse
 
 
+TROUBLE = {"memory|Memory|allocate": "not enough memory: lower --batch-size, or take a smaller network",
+           "PytorchStreamWriter|inline_container": "a file cannot be written: is the disk full?"}
+
+
 def run(main, parse, argv: list[str] | None = None) -> None:
     """main(parse(argv)), with a user's mistake turned into one line on stderr and exit code 2."""
     prog = Path(sys.argv[0]).name
@@ -85,7 +90,14 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     try:
         main(parse(argv))
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
-        sys.stderr.write(f"{prog}: error: {' '.join(str(e).split())}\n")
+        text = re.sub(r"(?s)Caught InputError in DataLoader.*InputError: ", "", str(e))  # a worker's
+        sys.stderr.write(f"{prog}: error: {' '.join(text.split())}\n")
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as e:  # torch's, which do not say what to do
+        why = next((why for words, why in TROUBLE.items() if re.search(words, f"{e!r}")), None)
+        if why is None:
+            raise
+        sys.stderr.write(f"{prog}: error: {why} ({' '.join(str(e).split())[:120]})\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{prog}: interrupted; where a checkpoint was written, the same command "
@@ -161,7 +173,13 @@ def defaults(build_parser, hp: argparse.Namespace | None = None, **changes) -> a
     flags = {action.dest: action for action in parser._actions if action.dest != "help"}
     if unknown := changes.keys() - flags.keys():
         raise TypeError(f"not a flag of {parser.prog}: {', '.join(sorted(unknown))}")
+    if "recipe" in changes:  # it changes the defaults of `parse`, where an explicit flag still wins
+        raise TypeError("recipe: no keyword; unpack one of RECIPES, as in **RECIPES[name]")
     for name, value in changes.items():
+        switch = isinstance(flags[name], argparse.BooleanOptionalAction)
+        if value is not None and switch != isinstance(value, bool):
+            expected = "True or False" if switch else f"what --{name.replace('_', '-')} takes"
+            raise InputError(f"{name} {value!r}: expected {expected}")
         many, is_list = flags[name].nargs in ("*", "+", 2), isinstance(value, (list, tuple))
         if many != is_list:
             raise InputError(f"{name} {value}: expected {'a list' if many else 'one value'}")
@@ -186,7 +204,8 @@ def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip
     params = [p for group in opt.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(params, clip or math.inf).item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-        raise InputError(f"{what} is {loss.item()}, its gradient norm {norm}; lower {flag}")
+        advice = f"lower {flag}" if opt.state else "before any step: look at the images and the weights"
+        raise InputError(f"{what} is {loss.item()}, its gradient norm {norm}; {advice}")
     opt.step()
 
 
@@ -206,7 +225,15 @@ def check_network(model: nn.Module, example: Tensor, num_classes: int | None = N
     """
     about = f"{type(model).__name__} on {example.dtype} {tuple(example.shape)}"
     try:
-        out = model(example)
+        try:
+            out = model(example)
+        except RuntimeError as e:  # x.view(B, -1), as in tutorials, wants the other memory format
+            if "view size is not compatible" not in str(e):
+                raise
+            for m in model.to(memory_format=torch.contiguous_format).modules():
+                if isinstance(m, nn.Conv2d):
+                    m.register_forward_pre_hook(lambda m, inputs: inputs[0].contiguous())
+            out = model(example)
     except Exception as e:  # whatever a forward can raise: its own words are the true reason
         raise InputError(f"{about}: {type(e).__name__}: {str(e).splitlines()[0]}") from None
     if not isinstance(out, Tensor) or out.ndim != 2 or num_classes not in (None, out.shape[1]):
@@ -335,6 +362,23 @@ def load_data(dataset: str, data_dir: str = "data") -> Data:
 
     Grey images get three channels, 28 px images are padded to 32.
     """
+    return check_labels(_load(dataset, data_dir))
+
+
+def check_labels(data: Data) -> Data:
+    """Raises InputError for a label that is no class, or a split without images; names empty classes."""
+    splits = [labels_of(split) for split in (data.train, data.test) if split is not None]
+    C, last = len(data.classes), max(int(y.max()) if len(y) else -1 for y in splits)
+    if last >= C:
+        raise InputError(f"{data.name}: label {last} of {C} classes; expected 0 to {C - 1}")
+    seen = torch.cat(splits).unique().tolist()
+    if empty := [str(name) for c, name in enumerate(data.classes) if c not in set(seen)]:
+        warnings.warn(f"{data.name}: no image of {len(empty)} of its {C} classes: {' '.join(empty[:3])}"
+                      f"{' ...' * (len(empty) > 3)}; labels count from 0")
+    return data
+
+
+def _load(dataset: str, data_dir: str) -> Data:
     path = Path(dataset)
     if dataset == "fashion":
         return _from_npz(ROOT / "data" / "fashion_mnist.npz", "fashion", NORMS["fashion"])
@@ -369,7 +413,7 @@ def _from_npz(path: Path, name: str, norm) -> Data:
     try:
         with np.load(path) as npz:
             arrays = {k: npz[k] for k in ("train_images", "train_labels", "test_images", "test_labels")}
-            classes = npz["classes"].tolist() if "classes" in npz else None
+            classes = [str(c) for c in npz["classes"]] if "classes" in npz else None
     except Exception as e:  # BadZipFile, zlib.error, KeyError: which, depends on where the file ends
         raise InputError(f"{path}: not a readable .npz file ({e}); expected the MedMNIST keys "
                          "{train,test}_{images,labels}") from None
@@ -387,11 +431,16 @@ def _from_npz(path: Path, name: str, norm) -> Data:
 
 def _in_memory(name: str, classes, norm, train: TensorDataset, test: TensorDataset) -> Data:
     images = train.tensors[0]
+    if images.shape[1:] != test.tensors[0].shape[1:]:
+        raise InputError(f"{name}: train images of {images.shape[-1]} px and test images of "
+                         f"{test.tensors[0].shape[-1]} px; expected one size")
     if norm is None:  # an unknown set is normalised by the statistics of its own train images
         sample = images[:5000].double() / 255
         norm = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).clamp_min(1e-3).tolist()
-    if not classes:
+    if classes is None:
         last = int(torch.cat([train.tensors[1], test.tensors[1]]).max())
+        if last > len(images):  # a class name each would take all memory
+            raise InputError(f"{name}: label {last} for {len(images)} train images; labels count from 0")
         classes = [str(c) for c in range(last + 1)]
     return Data(name, list(classes), images.shape[-1], list(norm[0]), list(norm[1]), train, test)
 
@@ -410,17 +459,51 @@ def _from_torchvision(dataset: str, data_dir: str) -> Data:
     return _in_memory(name, raw[0].classes, NORMS[name], *splits)
 
 
-def image_folder(path: Path, resize: int | None = 256):
-    """torchvision's ImageFolder of uint8 images (3, 224, 224), cropped from a side of `resize`."""
-    from torchvision import datasets
-    from torchvision.transforms import v2
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-    steps = [v2.Resize(resize)] if resize else []
-    try:
-        return datasets.ImageFolder(path, v2.Compose([*steps, v2.CenterCrop(224), v2.PILToTensor()]))
-    except (FileNotFoundError, NotADirectoryError) as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"{path}: {why}; expected class folders with images in it") from None
+
+class ImageFolder(torch.utils.data.Dataset):
+    """root/<class>/**/<image> -> (uint8 (3, 224, 224), the class's number), classes sorted by name.
+
+    Cropped from a side of `resize`. torchvision's takes .cache, __MACOSX and ._x.png for classes and
+    images, and makes 16-bit images white. Raises InputError, with the file's name, for what no image is.
+    """
+
+    def __init__(self, root: Path, resize: int | None = 256):
+        from torchvision.transforms import v2
+
+        steps = [v2.Resize(resize)] if resize else []
+        self.transform = v2.Compose([*steps, v2.CenterCrop(224), v2.PILToTensor()])
+        folders = [Path(entry) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
+        folders = sorted(f for f in folders if not f.name.startswith((".", "__")))
+        self.classes, self.files, self.targets = [f.name for f in folders], [], []
+        for c, folder in enumerate(folders):
+            for at, _, names in sorted(os.walk(folder, followlinks=True)):
+                names = [n for n in sorted(names) if n.lower().endswith(IMAGE_FILES) and n[0] != "."]
+                self.files += [Path(at, n) for n in names]
+                self.targets += [c] * len(names)
+        if not self.files:
+            what = "no images in it" if root.is_dir() else "no such folder"
+            raise InputError(f"{root}: {what}; expected class folders, <class>/*.jpg or .png, .tif, ...")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        try:
+            image = Image.open(self.files[i])
+            if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
+                deep = np.asarray(image)
+                if deep.min() < 0 or deep.max() > 65535:
+                    raise ValueError("32 bits a pixel")
+                image = Image.fromarray((deep / 257).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its pixels are floats")
+            return self.transform(image.convert("RGB")), self.targets[i]
+        except Exception as e:  # half a file, a renamed web page: whatever PIL says of it
+            raise InputError(f"{self.files[i]}: not an image that can be read ({e})") from None
 
 
 def _from_folder(root: Path, name: str) -> Data:
@@ -428,8 +511,8 @@ def _from_folder(root: Path, name: str) -> Data:
     if val is None:
         raise InputError(f"{root}: no val/ folder in it; expected val/<class>/*.jpg, and train/ too "
                          "to train on real images")
-    test = image_folder(val)
-    train = image_folder(root / "train") if (root / "train").is_dir() else None
+    test = ImageFolder(val)
+    train = ImageFolder(root / "train") if (root / "train").is_dir() else None
     if train and train.classes != test.classes:
         other = sorted(set(train.classes) ^ set(test.classes))
         raise InputError(f"{root}: train/ and {val.name}/ differ in their class folders: {other[0]}")
@@ -511,6 +594,14 @@ def load_file(path: str | Path, keys: tuple[str, ...], what: str) -> dict:
     return obj
 
 
+def check_kinds(obj: dict, kinds: dict, file, maker: str) -> None:
+    """InputError where a value is not of the kind that the program `maker` writes."""
+    for key, kind in kinds.items():
+        if key in obj and not isinstance(obj[key], kind):
+            a = type(obj[key]).__name__
+            raise InputError(f"{file}: its {key} is a {a}, which {maker} does not write")
+
+
 # What a checkpoint may say of itself.
 ABOUT = {"classes": list, "mean": list, "std": list, "size": int, "acc_pct": (int, float), "arch": str,
          "dataset": str}
@@ -527,13 +618,13 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
         if isinstance(state.get(key), dict):  # a wrapped one, by whatever program
             state, about = state[key], {k: v for k, v in state.items() if k in ABOUT}
             break
-    if wrong := [k for k, v in about.items() if not isinstance(v, ABOUT[k])]:
-        raise InputError(f"{file}: its {wrong[0]} is a {type(about[wrong[0]]).__name__}, not what "
-                         "tools/pretrain.py writes")
+    check_kinds(about, ABOUT, file, "tools/pretrain.py")
     bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
     if bad:
         raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
-    known = len(about["classes"]) if "classes" in about else num_classes or 1000
+    # A bare state_dict ends with the bias of its head, one number a class.
+    rows = [len(v) for v in state.values() if isinstance(v, Tensor) and v.ndim]
+    known = len(about["classes"]) if "classes" in about else num_classes or (rows or [1000])[-1]
     if num_classes not in (None, known):
         raise InputError(f"{file}: was trained for {known} classes, the data have {num_classes}")
     if not (arch or "arch" in about) or about.get("arch", arch) != (arch or about["arch"]):
@@ -551,6 +642,27 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
         first = " ".join(" ".join(str(e).split("\n")[:2]).split())
         raise InputError(f"{file}: does not fit {arch} with {known} classes: {first[:200]}") from None
     return model.eval(), about
+
+
+@torch.no_grad()
+def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
+    """Puts a network's outputs `names` into the order of the data's classes. InputError: other names."""
+    by_number = any(all(str(n).isdigit() for n in known) for known in (names, data.classes))
+    if names == data.classes or by_number:
+        return
+    if sorted(names) != sorted(data.classes):
+        first = next(n for n in names if n not in data.classes)
+        raise InputError(f"{file}: knows a class {first}, which {data.name} has not: other classes, in "
+                         "spite of their number")
+    order = [names.index(n) for n in data.classes]
+    x = torch.rand(2, 3, data.size, data.size, device=next(model.parameters()).device)
+    before = model(x)
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    ends = [m for m in layers if len(m.weight) == len(names)]
+    for t in ends[-1].parameters() if ends else ():  # rows of the layer that the outputs come from
+        t.copy_(t[order])
+    if not torch.allclose(model(x), before[:, order], atol=1e-4):
+        raise InputError(f"{file}: has its classes in another order than {data.name}")
 
 
 def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
@@ -573,9 +685,11 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
             from tools import pretrain
         except ImportError:
             raise InputError(f"no weights for {arch}: copy weights/ or tools/ along") from None
+        check_out(shipped.parent)
         print(f"weights: none for {arch}; pretraining it on the 5,000 embedded images, once", flush=True)
         pretrain.short(arch, data, shipped, device)
     model, about = load_network(file, arch, C)
+    same_classes(model, about.get("classes", data.classes), data, file)
     if about.get("size", data.size) != data.size:
         raise InputError(f"{file}: was trained on {about['size']} px images, these have {data.size} px")
     shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
@@ -735,6 +849,24 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def is_finished(log: Path) -> bool:
+    return log.exists() and any(r.get("event") == "end" for r in read_log(log)[-1:])
+
+
+def lock(file) -> None:
+    """One process a folder, as long as that lives. Raises InputError in the second one."""
+    try:
+        import fcntl  # not on Windows, which locks open files itself
+    except ImportError:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # any other error: a file system without locks
+        raise InputError(f"{file.name}: another process is writing it; name another --out") from None
+    except OSError:
+        pass
+
+
 class RunLog:
     """`log.jsonl`: one flat JSON object a line; `event` is start, step, eval or end.
 
@@ -743,9 +875,13 @@ class RunLog:
 
     def __init__(self, out: Path, resumed_at: int = 0):
         out.mkdir(parents=True, exist_ok=True)
-        self.path, self.t0 = out / "log.jsonl", time.time()
+        self.t0, self.final = time.time(), out / "log.jsonl"
+        # The log of a finished run stays until this one has finished, too.
+        self.path = out / "log.jsonl.new" if is_finished(self.final) else self.final
         kept = read_log(self.path) if resumed_at and self.path.exists() else []
-        self.file = self.path.open("w")
+        self.file = self.path.open("a")
+        lock(self.file)
+        self.file.truncate(0)
         for r in kept:
             if r.get("iteration", 0) <= resumed_at:
                 self.write(**r)
@@ -756,6 +892,8 @@ class RunLog:
     def write(self, event: str, **fields) -> None:
         self.file.write(json.dumps({"event": event, **fields}) + "\n")
         self.file.flush()
+        if event == "end" and self.path != self.final:
+            self.path = self.path.replace(self.final)
 
     def start(self, args: argparse.Namespace, device: torch.device) -> None:
         """What is needed to run this again: command, arguments, commit, versions, device, threads."""
@@ -799,12 +937,33 @@ class Progress:
             print(f"{self.i + 1:6d}/{self.total} | {figures} | {left:.0f} s left", flush=True)
 
 
-def check_out(path: Path) -> Path:
-    """Raises InputError where a folder cannot be made; makes none, lest a later mistake leave it."""
+def default_out(script: str, name: str, args, usual: argparse.Namespace, told: str) -> Path:
+    """runs/<script>/<name>_<flag>-<value>..: flags away from the `usual` that the name does not tell."""
+    for k, v in flat(args).items():
+        if k not in (*NO_MATTER, "amp", "data_dir", *told.split()) and v != getattr(usual, k, None):
+            text = "+".join(Path(str(part)).name for part in (v if isinstance(v, list) else [v]))
+            name += f"_{k.replace('_', '-')}-{text}"
+    if len(name) > 150:
+        name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path("runs", script, name)
+
+
+def check_out(path: Path, args=None, checkpoint: Path | None = None) -> Path:
+    """Raises InputError where a folder cannot be made, or holds a run of other flags; makes none, lest a
+    later mistake leave it. Ends the program where --resume has nothing to do. args: the flags.
+    """
     parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "read-only" if parent.is_dir() else "a file"
         raise InputError(f"{path}: cannot be written, since {parent} is {why}; name another")
+    log = path / "log.jsonl"
+    if args is not None and log.exists():
+        then = next((r["args"] for r in read_log(log) if r["event"] == "start"), flat(args))
+        same_flags(args, then, f"{path}: holds a run", "name another --out, or delete it")
+        going = (checkpoint or path / "checkpoint.pt").exists()
+        if getattr(args, "resume", False) and is_finished(log) and not going:
+            print(f"{path}: this run is finished; without --resume it starts anew")
+            sys.exit(0)
     return path
 
 
@@ -847,10 +1006,17 @@ def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:
     if not (args.resume and file.exists()):
         return None
     state = load_file(file, ("args",), "a checkpoint")
-    for k, now in flat(args).items():
-        then = state["args"].get(k)
-        if k not in ("out", "save", "resume", "device", "checkpoint_every", "log_every") and then != now:
-            flag = "--" + k.replace("_", "-")
-            raise InputError(f"--resume: {file} was made with another {flag} ({then}, now {now}): "
-                             "repeat its flags, or start anew")
+    same_flags(args, state["args"], f"--resume: {file} was made", "repeat its flags, or start anew")
     return state
+
+
+# Flags that may differ when a run goes on, or is run again in its folder.
+NO_MATTER = ("out", "save", "resume", "device", "checkpoint_every", "log_every", "seeds")
+
+
+def same_flags(args: argparse.Namespace, then: dict, what: str, advice: str) -> None:
+    """InputError where a flag differs from `then`, whose program may not have had all of them."""
+    for k, now in flat(args).items():
+        if k not in NO_MATTER and then.get(k, now) != now:
+            flag = "--" + k.replace("_", "-")
+            raise InputError(f"{what} with another {flag} ({then[k]}, now {now}): {advice}")

@@ -47,7 +47,7 @@ Departures from paper and published code, with the flag that goes back. --recipe
     D1  The range EMA is debiased once (common.EMA).
     D2  Every range holds 0, and every call of an activation has its own (quantize).
     D3  Ranges are averaged over 30 batches after the warm-up, not over it.       --calibration-batches
-    D4  Ranges hold 99.98 % of the values, many-classes 99.95 %.                  --percentile 100
+    D4  Ranges hold 99.98 % of the values, many-classes 99.95 %; all from 6 bits on.  --percentile 100
     D5  The student only distils: KL "batchmean", T = 4.            --kd-reduction --temperature --ce
     D6  Two student steps a generator step, one on a buffered batch.        --student-steps --buffer
     D7  Higher rates, cosine, clipping; the run is 270 times shorter.      --lr --lr-g --schedule --clip
@@ -136,11 +136,11 @@ def build_parser() -> argparse.ArgumentParser:
     a("--ce", type=positive, default=0.0, help="weight of CE with the sampled label; published: 1")
     a("--temperature", type=number(float, 1e-3), default=4.0, help="T of distillation; published: 20")
     a("--kd-reduction", default="batchmean", choices=["batchmean", "mean"], help="published: mean")
-    a("--percentile", type=number(float, 50, 100), default=99.98, help="kept in range; published: 100")
+    a("--percentile", type=number(float, 50, 100), help="kept in range; None: see usual_percentile")
     a("--ema-momentum", type=number(float, 0, 0.99999), default=0.9, help="of ranges; published: 0.9")
     a("--calibration-batches", type=number(int, 1), default=30, help="that ranges are averaged over")
     a = p.add_argument_group("run").add_argument
-    a("--out", help="folder of log, picture, quantized.pt; None: runs/gdfq/<dataset>_<arch>_w4a4_s0")
+    a("--out", help="folder of log, picture, quantized.pt; None: runs/gdfq/<data>_<arch>_<flags>")
     a("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights of G, noise, labels, draws")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=yes_no, help="bf16 autocast in training; None: where the hardware has it")
@@ -236,6 +236,13 @@ class WeightQuantizer(nn.Module):
         return fake_quant(w, *channel_range(w), self.bits)
 
 
+def usual_percentile(abits: int) -> float:
+    """99.98 up to 5 bits; all values above: a fine step costs less than what clipping cuts off."""
+    # On train images of Fashion-MNIST, calibrated on noise, 4 bits: 20.9 % error of the logits with it,
+    # 26.5 % without. 6 bits: 18.4 % with, 4.7 % without; 8 bits: 18.1 % and 3.6 %.
+    return 99.98 if abits <= 5 else 100.0
+
+
 def clipped_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """(lo, hi), fp32 scalars: `percentile` % of x lie below hi, as many above lo. 100: min and max."""
     # One outlier sets everybody's step. At 4 bits clipping is worth more than all the training: +1.3 and
@@ -282,7 +289,7 @@ def observing(q: nn.Module):
 
 
 def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
-             first_last_bits: int | None = None, percentile: float = 99.98,
+             first_last_bits: int | None = None, percentile: float | None = None,
              ema_momentum: float = 0.9) -> nn.Module:
     """A fake-quantized copy of `model` in eval mode; `model` itself is not touched.
 
@@ -292,6 +299,7 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
     """
     if any(bits not in range(2, 9) for bits in (wbits, abits, first_last_bits or 8)):
         raise InputError(f"W{wbits}A{abits}, first and last {first_last_bits}: expected 2 to 8 bits")
+    percentile = usual_percentile(abits) if percentile is None else percentile
     q, layers = trace(model), {}
     # torchvision's residual blocks call ONE nn.ReLU module twice. Swapping modules, as published code
     # does, gives both places one range; walking the graph gives every call its own.
@@ -628,7 +636,10 @@ def main(args: argparse.Namespace) -> None:
     data, real = common.load_data(args.dataset, args.data_dir), args.method == "finetune-real"
     C, kind = len(data.classes), ("" if args.recipe == "fast" else f"_{args.recipe}") + "_real" * real
     name = f"{data.name}_{args.arch}_w{args.wbits}a{args.abits}{kind}_s{args.seed}"
-    out = common.check_out(Path(args.out or f"runs/gdfq/{name}"))
+    told = "dataset arch wbits abits recipe method seed"
+    usual = parse(["--recipe", args.recipe, "--abits", f"{args.abits}"])
+    out = Path(args.out or common.default_out("gdfq", name, args, usual, told))
+    common.check_out(out, args)
     # Once without weights: every check comes before minutes go into pretraining.
     GDFQ(common.build_model(args.arch, C), C, data.size, args)
     model, data, source = common.find_weights(args.arch, args.dataset, data, args.weights, device)
@@ -716,7 +727,10 @@ def finish(method: GDFQ, model: nn.Module, data: common.Data, args, results: dic
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """A recipe changes the defaults, so that an explicit flag wins wherever it stands."""
     p = build_parser()
-    p.set_defaults(**RECIPES[p.parse_args(argv).recipe])
+    first = p.parse_args(argv)
+    # A recipe's percentile was chosen at few bits.
+    recipe = {k: v for k, v in RECIPES[first.recipe].items() if k != "percentile" or first.abits <= 5}
+    p.set_defaults(**{"percentile": usual_percentile(first.abits)} | recipe)
     return p.parse_args(argv)
 
 

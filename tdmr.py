@@ -728,9 +728,12 @@ def main(args: argparse.Namespace) -> None:
     methods = [m for m in METHODS if m in args.methods or "all" in args.methods]
     shots = f"{args.shots}" if args.fraction is None else f"{args.fraction:g}"
     name = f"{data.name}_{args.target}_{shots}_{args.unlabelled}"
-    out = common.check_out(Path(args.out or f"runs/tdmr/{name}"))
+    told = "dataset target shots fraction unlabelled"
+    out = Path(args.out or common.default_out("tdmr", name, args, parse([]), told))
     # Every check comes before anything is written.
     for seed in args.seeds:
+        hp = argparse.Namespace(**vars(args), seed=seed)
+        common.check_out(out / f"seed{seed}" if len(args.seeds) > 1 else out, hp)
         few_shot(common.labels_of(data.train), data.classes, args, seed)
     last_linear(build("--target", args.target, len(data.classes)), data.size, "--target")
     extractor = Extractor(load_foundation(args, device), args.taps, device, args.amp)

@@ -534,14 +534,23 @@ def test_the_twin_starts_from_the_edges_statistics():
     assert edge.version == 2 and not len(cema.decode(message, **cloud.expected)["stats"])
 
 
-def test_statistics_are_those_of_the_first_images_until_a_download_comes():
-    """Of 16, in batches of 8; later ones change nothing. Fails if the edge goes on averaging."""
+def test_statistics_are_those_of_the_newest_images_until_a_download_comes():
+    """Of the first 16, then a moving mean over 16. Fails if what a covered lens saw stays for good."""
     edge, x = one_edge(select="none"), images(32) // torch.arange(1, 33).view(32, 1, 1, 1)
-    conv, bn = edge.model.net.conv1, edge.model.net.bn1
-    for k, part in enumerate(x.split(8)):
+    conv, bn, want = edge.model.net.conv1, edge.model.net.bn1, 0.0
+    for part, share in zip(x.split(8), (1, 1 / 2, 1 / 2, 1 / 2)):
         edge.step(part, [])
-        seen = conv(common.to_input(x[:min(8 * k + 8, 16)], [0.5] * 3, [0.25] * 3, CPU))
-        assert torch.allclose(bn.running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+        seen = conv(common.to_input(part, [0.5] * 3, [0.25] * 3, CPU)).mean((0, 2, 3))
+        want = share * seen + (1 - share) * want
+        assert torch.allclose(bn.running_mean, want, atol=1e-5)
+
+
+def test_where_nothing_arrives_the_edge_is_bn_adapt():
+    """To the digit, once a batch is as large as --seed-images, whatever it saw before."""
+    edge, x = one_edge(seed_images=16), images(16)
+    for garbage in (torch.zeros_like(x), images(16, 5)):
+        edge.step(garbage, [])
+    assert torch.allclose(edge.step(x, [])[0], baseline("bn").step(x), atol=1e-5)
 
 
 def test_replay_joins_once_the_buffer_holds_enough():
@@ -675,21 +684,68 @@ def test_one_image_whose_logits_overflow_does_not_end_all_uploads():
     assert not one_edge(warmup_batches=1).choose(broken[64:]).any()
 
 
-def test_nan_stops_the_run_with_the_name_of_the_loss():
-    """Fails if the loss goes unchecked."""
-    method = quick()
-    method.cloud.twin.affine[0].data.fill_(math.nan)
-    with pytest.raises(InputError, match="loss of g is nan.*--lr"):
+@pytest.mark.parametrize("name", ["twin", "f"])
+def test_nan_in_the_cloud_begins_anew_and_never_ends_the_edges_loop(name):
+    """Statistics, too. Fails if one bad step stops every device, or stays, or goes unsaid."""
+    method = stepped(2)
+    learner, before = getattr(method.cloud, name), method.edge.version
+    learner.affine[0].data.fill_(math.nan)
+    with pytest.warns(UserWarning, match="is nan, its gradient norm nan; lower --lr.* begin anew"):
         method.step(images(16))
+    assert np.array_equal(cema.flat(learner.affine), learner.source)
+    assert np.array_equal(cema.flat(learner.stats), learner.source_stats)
+    for t in range(3):
+        assert method.step(images(16, t)).isfinite().all()
+    assert method.counts["resets"] == 1 and method.edge.version == before + 6  # two steps a batch
+
+
+def test_a_flood_of_uploads_leaves_the_newest_and_work_stays_short():
+    """16 batches wait at most. Fails if memory, or the steps of one call, have no bound."""
+    cloud, x = quick().cloud, images(600)
+    cloud.receive(upload(x))
+    assert torch.equal(cloud.pending, x[-256:])
+    cloud.work()
+    assert cloud.steps == 32 and not len(cloud.pending)
+
+
+@pytest.mark.parametrize("version", [-2**63, 2**63 - 1])
+def test_no_version_number_blocks_all_later_ones(version):
+    """Fails if a forged one, or a cloud that began anew, makes every later download stale."""
+    method = stepped(3)
+    edge, twin, x = method.edge, method.cloud.twin, images(16)
+    edge.step(x, [download(version, twin.affine, twin.stats)])
+    edge.step(x, [download(5, [t + 0.1 for t in twin.affine], twin.stats)])
+    assert edge.version == 5
+
+
+def test_images_that_are_not_uint8_of_the_right_size_are_one_clear_line():
+    """Fails if floats in [0, 1] are taken for nearly black bytes."""
+    for x in (torch.rand(2, 3, 32, 32), images(2)[..., :28, :28]):
+        with pytest.raises(InputError, match="step: images are .* expected uint8 .* S = 32"):
+            quick().step(x)
+
+
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_one_value_a_channel_is_normalised_by_what_is_known(mode):
+    """A map of 1x1 and a batch of one have no variance. Fails with torch's ValueError, or NaN."""
+    bn = nn.BatchNorm2d(4)
+    bn.running_mean.fill_(0.5)
+    adaptive = cema.AdaptiveBN(bn, mode, 0.1).train()
+    x = torch.randn(1, 4, 1, 1)
+    assert torch.equal(adaptive(x), bn.eval()(x))
 
 
 def test_keywords_are_the_flags_and_checked_as_such():
     """Fails if a name is swallowed, a value taken that the command line refuses, or a check goes."""
-    with pytest.raises(TypeError, match="edges"):
-        quick(edges=2)
+    for kw, words in ((dict(edges=2), "edges"), (dict(recipe="few-classes"), "unpack one of RECIPES")):
+        with pytest.raises(TypeError, match=words):
+            quick(**kw)
     for kw, words in ((dict(select="Random"), "--select"), (dict(bn="batches"), "--bn"),
                       (dict(lr=-1.0), "--lr"), (dict(link_drop=1.5), "--link-drop"),
                       (dict(replay=10), "--replay 10: smaller"), (dict(e_min=0.5), "--e-min 0.5: not"),
+                      (dict(dynamic=False, lam=0.04), "--e-min 0.02: not"),
+                      (dict(select=True), "select True: expected what --select takes"),
+                      (dict(dynamic="no"), "dynamic 'no': expected True or False"),
                       (dict(foundation=small(classes=7)), "10 classes, the foundation 7")):
         with pytest.raises(InputError, match=words):
             quick(**kw)

@@ -1,7 +1,10 @@
 """Claims about common.py. Each docstring ends with the change under which its test was seen to fail."""
 
+import argparse
 import json
 import math
+import subprocess
+import sys
 from collections import deque
 from types import SimpleNamespace
 
@@ -15,18 +18,24 @@ from common import InputError
 from tools.deploy import unpack_bits
 
 CPU = torch.device("cpu")
+ROOT = common.ROOT
 
 
 # ----- hyperparameters -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [lambda w: w.sum() + math.nan, lambda w: (w - 1).sqrt().sum()])
-def test_nan_stops_a_step_before_a_weight_moves_and_names_the_flag(loss):
-    """A NaN loss; a loss of 0 whose gradient is infinite. Fails if only one of the two is looked at."""
+@pytest.mark.parametrize("steps, advice", [(0, "before any step: look at"), (1, "lower --lr$")])
+def test_nan_stops_a_step_before_a_weight_moves_and_names_the_flag(loss, steps, advice):
+    """A NaN loss; a loss of 0 whose gradient is infinite. Fails if only one of the two is looked at, or
+    if the rate is blamed before a step was taken."""
     w = nn.Parameter(torch.ones(4))
-    says = r"loss_q at iteration 4 is (nan|0\.0), its gradient norm (2\.0|inf); lower --lr$"
+    opt = torch.optim.SGD([w], 0.1, momentum=0.9)
+    for _ in range(steps):
+        common.descend(opt, 0.0 * w.sum(), "loss_q", "--lr")
+    says = rf"loss_q at iteration 4 is (nan|0\.0), its gradient norm (2\.0|inf); {advice}"
     with pytest.raises(InputError, match=says):
-        common.descend(torch.optim.SGD([w], 0.1), loss(w), "loss_q at iteration 4", "--lr")
+        common.descend(opt, loss(w), "loss_q at iteration 4", "--lr")
     assert w.tolist() == [1.0] * 4
 
 
@@ -100,8 +109,72 @@ def test_an_image_folder_loads(tmp_path):
     assert data.classes == ["ant", "bee"] and data.mean == common.IMAGENET_NORM[0]
     assert x.shape == (2, 3, 224, 224) and x.dtype == torch.uint8 and y.tolist() == [0, 1]
     assert common.labels_of(data.train).tolist() == [0, 1]
-    as_it_is = common.image_folder(tmp_path / "val", resize=None)[0][0]
+    as_it_is = common.ImageFolder(tmp_path / "val", resize=None)[0][0]
     assert np.array_equal(as_it_is.permute(1, 2, 0), picture[8:232, 3:227])
+
+
+def test_only_images_count_as_images(tmp_path):
+    """Hidden files and folders, as macOS and notebooks leave them, are skipped, 16 bits scaled."""
+    from PIL import Image
+
+    grey = Image.fromarray(np.full((8, 8), 200, np.uint8))
+    deep = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
+    for folder in ("ant", "bee/deeper", ".cache", "__MACOSX", ".ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+        grey.save(tmp_path / folder / "0.png")
+    deep.save(tmp_path / "ant/1.png")
+    deep.save(tmp_path / "ant/2.tiff")
+    (tmp_path / "ant/._0.png").write_bytes(b"Mac OS X")
+    (tmp_path / "ant/notes.txt").write_text("no image")
+    folder = common.ImageFolder(tmp_path)
+    assert folder.classes == ["ant", "bee"] and folder.targets == [0, 0, 0, 1]
+    assert all((x == 200).all() and x.shape == (3, 224, 224) for x, _ in folder)
+
+
+@pytest.mark.parametrize("broken", ["half", "page", "float", "32 bits"])
+def test_a_broken_image_is_one_clear_line_with_its_name(broken, tmp_path, capsys):
+    """Also from a worker process. Fails if the run ends without the name, or the image is made up."""
+    from PIL import Image
+
+    (tmp_path / "val/ant").mkdir(parents=True)
+    file = tmp_path / f"val/ant/{broken.replace(' ', '')}.tiff"
+    pixels = {"float": np.ones((9, 9), np.float32), "32 bits": np.full((9, 9), 2**20, np.int32)}
+    Image.fromarray(pixels.get(broken, np.ones((90, 90), np.uint8))).save(file)
+    if broken in ("half", "page"):
+        file.write_bytes(file.read_bytes()[:2000] if broken == "half" else b"<html>")
+    data = common.load_data(str(tmp_path))
+    with pytest.raises(SystemExit):
+        common.run(lambda args: list(common.batches(data.test, 2)), lambda argv: None, [])
+    line = capsys.readouterr().err.strip().splitlines()[-1]  # a dying worker may have its say before
+    assert f"error: {file}: not an image that can be read" in line and "Traceback" not in line
+
+
+def npz_of(path, train_y, test_y, classes=None, side=32):
+    image = lambda n, side=32: np.zeros((n, side, side), np.uint8)
+    more = {} if classes is None else {"classes": np.array(classes)}
+    np.savez(path, train_images=image(len(train_y)), train_labels=np.array(train_y), **more,
+             test_images=image(len(test_y), side), test_labels=np.array(test_y))
+    return str(path)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(train_y=[0, 10**8]), "label 100000000 for 2 train images"),
+    (dict(train_y=[0, 2], classes=["a", "b"]), "label 2 of 2 classes"),
+    (dict(test_y=[0, 2], classes=["a", "b"]), "label 2 of 2 classes"),
+    (dict(side=48), "train images of 32 px and test images of 48 px")])
+def test_labels_and_sizes_are_checked_against_the_classes(tmp_path, changes, says):
+    """Fails if a label above the classes is an IndexError later, or takes all memory now."""
+    arrays = dict(train_y=[0, 1, 1], test_y=[0, 1]) | changes
+    with pytest.raises(InputError, match=says):
+        common.load_data(npz_of(tmp_path / "x.npz", **arrays))
+
+
+@pytest.mark.parametrize("labels, empty", [([1, 2, 2], "1 of its 3 classes: 0"),
+                                           ([0, 1, 3], "1 of its 4 classes: 2")])
+def test_a_class_without_images_is_named(tmp_path, labels, empty):
+    """Labels from 1, or 255 for "ignore". Fails if a network with an idle output is made silently."""
+    with pytest.warns(UserWarning, match=f"no image of {empty}; labels count from 0"):
+        common.load_data(npz_of(tmp_path / "x.npz", labels, labels))
 
 
 def test_crop_and_flip_shifts_each_image_by_at_most_an_eighth():
@@ -198,6 +271,23 @@ def test_weight_files_of_other_programs_load(wrap, tmp_path):
     torch.save(wrap(state), tmp_path / "w.pt")
     loaded = common.load_network(tmp_path / "w.pt", "resnet8", 5)[0].state_dict()
     assert all(torch.equal(state[k], v) for k, v in loaded.items())
+
+
+def test_classes_are_matched_by_name(tiny, tiny_weights, tmp_path):
+    """The same names in another order: outputs move. Other names: one line. Fails if by number alone."""
+    data = common.load_data(str(tiny))._replace(classes=["ant", "bee", "cat", "dog"])
+    names, order = ["dog", "cat", "bee", "ant"], [3, 2, 1, 0]
+    saved = torch.load(tiny_weights, weights_only=True) | {"classes": data.classes}
+    moved = {k: saved["state_dict"][k][order] for k in ("fc.weight", "fc.bias")}
+    torch.save(saved, tmp_path / "own.pt")
+    other = {"classes": names, "state_dict": saved["state_dict"] | moved}
+    torch.save(saved | other, tmp_path / "moved.pt")
+    torch.save(saved | {"classes": ["car", "bus", "van", "dog"]}, tmp_path / "other.pt")
+    find = lambda name: common.find_weights("resnet8", str(tiny), data, tmp_path / name, "cpu")[0]
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(find("own.pt")(x), find("moved.pt")(x))
+    with pytest.raises(InputError, match="other.pt: knows a class car, which tiny has not"):
+        find("other.pt")
 
 
 def test_missing_weights_name_the_command_that_makes_them(tiny):
@@ -354,8 +444,8 @@ def test_half_a_last_line_does_not_hinder_a_resumed_log(tmp_path):
     common.RunLog(tmp_path, resumed_at=20).write("end", acc_pct=1.0)
     events = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [r.get("iteration", r["event"]) for r in events] == ["start", 10, 20, "end"]
-    common.RunLog(tmp_path)
-    assert log.path.read_text() == ""  # without --resume it starts anew
+    new = common.RunLog(tmp_path)
+    assert new.path.read_text() == ""  # without --resume it starts anew
 
 
 # ----- state -----------------------------------------------------------------------------------------
@@ -407,3 +497,85 @@ def test_a_checkpoint_is_resumed_with_its_own_flags_only(tmp_path):
         common.load_checkpoint(file, moved)
     moved.resume = False
     assert common.load_checkpoint(file, moved) is None
+
+
+# ----- folders and logs --------------------------------------------------------------------------------
+
+
+def finished(out, **args) -> argparse.Namespace:
+    """A run of these flags, with its end."""
+    args, log = argparse.Namespace(out=str(out), resume=False, **args), common.RunLog(out)
+    log.start(args, torch.device("cpu"))
+    log.write("end", acc_pct=1.0)
+    return args
+
+
+def test_a_folder_keeps_its_last_run_until_the_next_one_ends(tmp_path):
+    """Fails if a new run, even one that will fail, empties the log of a finished one."""
+    args = finished(tmp_path, lr=1.0)
+    new = common.RunLog(common.check_out(tmp_path, args))
+    new.start(args, torch.device("cpu"))
+    assert common.read_log(tmp_path / "log.jsonl")[-1]["acc_pct"] == 1.0
+    new.write("end", acc_pct=2.0)
+    assert common.read_log(tmp_path / "log.jsonl")[-1]["acc_pct"] == 2.0
+    assert [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_folder_of_other_flags_is_refused_and_a_finished_run_not_begun_again(tmp_path, capsys):
+    """Fails if --resume of a finished run starts anew, or another --lr takes its folder."""
+    args = finished(tmp_path, lr=1.0)
+    with pytest.raises(InputError, match=r"another --lr \(1.0, now 2.0\): name another --out"):
+        common.check_out(tmp_path, argparse.Namespace(**vars(args) | {"lr": 2.0}))
+    args.resume = True
+    with pytest.raises(SystemExit) as e:
+        common.check_out(tmp_path, args)
+    assert not e.value.code and "this run is finished" in capsys.readouterr().out
+    (tmp_path / "checkpoint.pt").touch()  # of a second run in the same folder, interrupted
+    assert common.check_out(tmp_path, args) == tmp_path
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    """The second is refused while the first lives. Fails if their records mix."""
+    log = common.RunLog(tmp_path)
+    log.write("start")
+    code = f"import common, pathlib; common.RunLog(pathlib.Path({str(tmp_path)!r}))"
+    second = lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                                    text=True)
+    assert "another process is writing it" in second().stderr
+    assert [r["event"] for r in common.read_log(log.path)] == ["start"]
+    log.file.close()
+    assert second().returncode == 0
+
+
+def test_the_default_folder_tells_every_flag_away_from_its_default():
+    """Fails if two runs that differ share a folder."""
+    import gdfq
+
+    def folder(line: str) -> str:
+        args = gdfq.parse(line.split())
+        return common.default_out("gdfq", "x", args, gdfq.parse([]), "arch seed").name
+
+    assert folder("--arch resnet56 --seed 3 --device cpu") == "x"
+    line = "--lr 0.05 --milestones 3 5 --dataset a/b.npz"
+    assert folder(line) == "x_dataset-b.npz_milestones-3+5_lr-0.05"
+    names = {folder(f"--milestones {' '.join(map(str, range(90, 150)))} --lr {lr}") for lr in (1, 2)}
+    assert len(names) == 2 and all(len(name) < 160 for name in names)
+
+
+@pytest.mark.parametrize("error, says", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+     "not enough memory: lower --batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory"),
+    (MemoryError(), "not enough memory"),
+    (RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos"), "is the disk full?")])
+def test_memory_and_disk_are_one_clear_line(error, says, capsys):
+    """Fails with torch's twenty lines; any other RuntimeError is a fault of ours, and shows itself."""
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        common.run(main, lambda argv: None, [])
+    assert e.value.code == 2 and says in capsys.readouterr().err
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError):
+        common.run(main, lambda argv: None, [])

@@ -401,7 +401,7 @@ def test_gdfq_beats_ptq_at_three_bits(tmp_path, capsys):
     assert (tmp_path / "run" / "generated.png").stat().st_size > 10_000
     packed = tmp_path / "run" / "quantized.pt"
     assert end["size_packed_bytes"] == packed.stat().st_size
-    assert torch.load(packed, weights_only=True).keys() == {*deploy.KEYS}
+    assert torch.load(packed, weights_only=True).keys() == deploy.KINDS.keys()
     capsys.readouterr()
     common.run(deploy.main, deploy.parse, ["evaluate", str(packed)])
     assert capsys.readouterr().out.splitlines()[-1] == f"top-1 {end['acc_pct']:.2f} %"

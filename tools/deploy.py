@@ -20,8 +20,9 @@ import common  # noqa: E402
 from common import InputError  # noqa: E402
 from gdfq import float_state, quantize, quantized_layers  # noqa: E402
 
-KEYS = ("codes", "steps", "zeros", "floats", "arch", "dataset", "classes", "mean", "std", "size",
-        "wbits", "abits", "first_last_bits", "transform_input")
+KINDS = {"codes": Tensor, "steps": Tensor, "zeros": Tensor, "floats": Tensor, "arch": str,
+         "dataset": str, "classes": list, "mean": list, "std": list, "size": int, "wbits": int,
+         "abits": int, "first_last_bits": (int, type(None)), "transform_input": bool}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,9 +55,10 @@ def unpack(packed: dict[str, Tensor], q: nn.Module) -> nn.Module:
     lengths = [t.numel() for t in floats]
     expected = {"codes": sizes, "steps": channels, "zeros": channels, "floats": lengths}
     for key, parts in expected.items():
-        n, needed = packed[key].numel(), sum(parts)
-        if n != needed:
-            raise InputError(f"the file has {n} {key}, the network needs {needed}: another network's?")
+        t, dtype = packed[key], torch.uint8 if key in ("codes", "zeros") else torch.float32
+        if t.shape != (sum(parts),) or t.dtype != dtype or t.is_meta:
+            raise InputError(f"the file has {key} {tuple(t.shape)} of {t.dtype}, the network needs "
+                             f"({sum(parts)},) of {dtype}: another network's?")
     codes, steps, zeros = (packed[key].split(expected[key]) for key in ("codes", "steps", "zeros"))
     for layer, k, code, s, zero in zip(layers, bits, codes, steps, zeros):
         shape = layer.weight.shape
@@ -71,7 +73,8 @@ def unpack(packed: dict[str, Tensor], q: nn.Module) -> nn.Module:
 
 def rebuild(file: str) -> tuple[nn.Module, dict]:
     """The network of a quantized.pt, in eval mode on the CPU, and what else the file says."""
-    packed = common.load_file(file, KEYS, "a network packed by gdfq.py")
+    packed = common.load_file(file, tuple(KINDS), "a network packed by gdfq.py")
+    common.check_kinds(packed, KINDS, file, "gdfq.py")
     model = common.build_model(packed["arch"], len(packed["classes"]))
     model.to(memory_format=torch.channels_last)
     model.transform_input = packed["transform_input"]
@@ -88,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
     if len(data.classes) != C or data.size != side:
         raise InputError(f"{args.file}: made for {C} classes of {side} px images; {data.name} has "
                          f"{len(data.classes)} of {data.size} px")
+    common.same_classes(q, packed["classes"], data, args.file)
     print(f"{args.file}: {packed['arch']} W{packed['wbits']}A{packed['abits']} on {data.name}")
     data = data._replace(mean=packed["mean"], std=packed["std"])
     print(f"top-1 {common.accuracy_pct(q.to(device), data, data.test, device):.2f} %")

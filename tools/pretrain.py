@@ -220,8 +220,11 @@ def main(args: argparse.Namespace) -> None:
     save = Path(args.save or ROOT / "weights" / f"{data.name}_{args.arch}.pt")
     if save.is_dir():
         raise InputError(f"--save {save}: a folder; expected a file to write")
+    if save.exists() and not (args.save or args.resume):
+        raise InputError(f"{save}: is there already; name another file by --save, or delete it")
     common.check_out(save.parent)
-    out = common.check_out(Path(args.out or Path("runs") / "pretrain" / save.stem))
+    out = Path(args.out or Path("runs") / "pretrain" / save.stem)
+    common.check_out(out, args, save.with_name(save.name + ".resume"))
     state = last_state(args, save)
     # The log loses the record of an epoch whose state was never written: that epoch comes again.
     log = common.RunLog(out, resumed_at=(state["epoch"] + 1) * (n // args.batch_size) if state else 0)

@@ -75,7 +75,6 @@ class Stream(Dataset):
             at = end
         return out
 
-
     def loader(self, positions: list[range]) -> DataLoader:
         """Batches at these positions; images that lie on disk are decoded by workers."""
         workers = 0 if hasattr(self.domains[0].split, "tensors") else min(8, os.cpu_count() or 1)
@@ -189,10 +188,10 @@ def load_domains(args: argparse.Namespace) -> tuple[common.Data, list[Domain], l
             raise InputError(f"{root}: no {missing[0]}/{severity} in it; --stream imagenet-c expects "
                              "corruption/severity/wnid/*.JPEG. Leave it out (--corruptions), or unpack")
         folders = [root / n / str(severity) for n in names]
-        splits = [common.image_folder(folder, resize=None) for folder in folders]
+        splits = [common.ImageFolder(folder, resize=None) for folder in folders]
         domains = [Domain(f"{n}/{severity}", split) for n, split in zip(names, splits)]
     else:
-        domains = [Domain(args.stream, common.image_folder(root))]
+        domains = [Domain(args.stream, common.ImageFolder(root))]
     classes, keep = domains[0].split.classes, None
     if any(domain.split.classes != classes for domain in domains):
         raise InputError(f"{root}: the corruptions differ in their class folders; unpack them again")
