@@ -281,7 +281,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     found = []
     for child in model.children():
         items = list(child) if isinstance(child, (nn.Sequential, nn.ModuleList)) else []
-        compound = [item for item in items if any(True for _ in item.children())]
+        compound = [item for item in items if [*item.children()]]
         found += compound or blocks(child)
     return found
 
@@ -323,9 +323,12 @@ class Extractor:
         self.forwards, self.seen = 0, []
         # What features depend on, beside images and weights: cached ones are refused when it differs.
         self.key = f"{foundation.size} {foundation.mean} {foundation.std} {taps} {amp}"
-        head, found = last_linear(self.model, foundation.size, "--foundation"), blocks(self.model.model)
+        head, net = last_linear(self.model, foundation.size, "--foundation"), self.model.model
+        # Inception and VGG have no blocks of that kind: what they are put together from, then.
+        found = blocks(net) or [m for m in net.children() if [*m.children()]]
         depths = np.linspace(len(found) - 1, 0, min(taps, len(found)))  # evenly, from the last one
-        for i in sorted({round(depth) for depth in depths}):
+        self.taps = sorted({round(depth) for depth in depths})
+        for i in self.taps:
             found[i].register_forward_hook(lambda m, inputs, out: self.see(out))
         head.register_forward_pre_hook(lambda m, inputs: self.seen.append(inputs[0].float()))
 
@@ -760,6 +763,8 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
     before, t0 = extractor.forwards, time.time()
     features = cached_features(folder / "features.pt", extractor, rows.images)
     features_s, forwards = time.time() - t0, extractor.forwards - before
+    print(f"features: {features.shape[1]} numbers an image, of F's last feature and of "
+          f"{len(extractor.taps)} depths{' (no blocks found)' * (not extractor.taps)}", flush=True)
 
     # Step 1: probe and proxy, each only if a method needs it.
     student = build("--target", hp.target, C, hp.seed)

@@ -143,7 +143,7 @@ def test_groups_of_corruptions_and_no_repetition():
     ("--stream imagenet-c --data-dir {tmp}/c --corruptions fog snow", "differ in their class folders"),
     ("--stream cifar-c --data-dir {tmp}", "is made of cifar10 or cifar100"),
     ("--stream cifar-c --dataset cifar10 --data-dir {tmp}", "gaussian_noise.npy"),
-    ("--stream cifar-c --dataset cifar10 --data-dir {tmp}/c --corruptions fog", "expected uint8"),
+    ("--stream cifar-c --dataset cifar10 --data-dir {tmp}/c --corruptions fog", "fog.npy: expected uint8 images"),
     ("--stream imagenet-r --data-dir {tmp}/r", "--wnids None"),
     ("--stream imagenet-r --data-dir {tmp}/r --wnids {tmp}/c", "does not know n01"),
     ("--stream folder --data-dir {tmp}/none", "no such folder; expected class folders"),

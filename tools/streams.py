@@ -210,17 +210,21 @@ def load_cifar_c(root: Path, dataset: str, names: list[str], severity: int) -> t
     except (OSError, ValueError, EOFError) as e:
         raise InputError(f"--stream cifar-c: {e}; expected the folder of CIFAR-10-C or CIFAR-100-C as "
                          "--data-dir, with <corruption>.npy and labels.npy") from None
+    for n, a in zip((*names, "labels"), (*arrays, y)):
+        dtype, shape = ("iu", (50_000,)) if a is y else ("u", (50_000, 32, 32, 3))
+        if getattr(a, "shape", None) != shape or a.dtype.kind not in dtype:
+            what = "labels" if a is y else "uint8 images"
+            raise InputError(f"{root}/{n}.npy: expected {what} {shape}, not "
+                             f"{getattr(a, 'dtype', type(a).__name__)} {getattr(a, 'shape', '')}")
     # 10,000 images a severity, 1 first.
     domains, rows = [], slice(10_000 * (severity - 1), 10_000 * severity)
     for n, a in zip(names, arrays):
-        if a.shape != (50_000, 32, 32, 3) or a.dtype != np.uint8 or len(y) != 50_000:
-            raise InputError(f"{root}/{n}.npy: {a.dtype} {a.shape} with {len(y)} labels; expected uint8 "
-                             "(50000, 32, 32, 3) and 50000")
         x = torch.from_numpy(np.ascontiguousarray(a[rows].transpose(0, 3, 1, 2)))
         split = TensorDataset(x, torch.from_numpy(y[rows].astype(np.int64)))
         domains.append(Domain(f"{n}/{severity}", split))
     classes = [str(c) for c in range(10 if dataset == "cifar10" else 100)]
-    return common.Data(dataset, classes, 32, *common.NORMS[dataset], None, domains[0].split), domains
+    data = common.Data(dataset, classes, 32, *common.NORMS[dataset], None, domains[0].split)
+    return common.check_labels(data), domains
 
 
 def kept_classes(present: list[str], wnids: str | None) -> tuple[list[int], list[str]]:
