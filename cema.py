@@ -38,9 +38,9 @@ Symbols.
 Protocol: the questions that are otherwise asked in issues.
 
     Which parameters move?     Weight and bias of norm layers, in f and in the twin. Nothing else.
-    Whence BN statistics?      --bn ema: the edge's first images; then they move in the cloud only, on
-                               uploaded and replayed images, and come down with the parameters. --bn
-                               batch: each batch's, as the baselines. --bn source: those of training.
+    Whence BN statistics?      --bn ema: of the edge's newest 64 images; from the first download on the
+                               cloud's, which uploaded and replayed images move. --bn batch: each
+                               batch's, as the baselines. --bn source: those of training.
     Predict or update first?   Predict. An image is scored with parameters that never saw it.
     Who sees labels?           Nobody. They are counted in `main`, outside every method.
     When is all forgotten?     --order reset: at the start of each corruption, as in the paper's tables.
@@ -272,7 +272,7 @@ class AdaptiveBN(nn.Module):
         # statistics, and so it sees that weights upstream change mu and sd.
         with torch.no_grad():
             mu_b, var_b = common.BatchMoments.apply(x)
-            if self.share:  # the first images count before they are normalised
+            if self.share:  # the edge's images count before they are normalised
                 square = (var + mean**2).lerp_(var_b + mu_b**2, self.share)  # E[x^2] can be averaged
                 mean.lerp_(mu_b, self.share)
                 var.copy_((square - mean**2).clamp_min_(0))  # rounding may leave it below 0
@@ -575,45 +575,41 @@ class Cloud:
 
     def work(self) -> bytes | None:
         """What one batch of the edge sets off: learning, and a download."""
+        hp, before = self.hp, self.steps
         try:
-            self.learn()
-        except InputError as e:  # NaN, by --lr or by hostile images, never ends the edge's loop
+            while len(self.pending) >= hp.cloud_batch:
+                u, self.pending = self.pending[:hp.cloud_batch], self.pending[hp.cloud_batch:]
+                # f learns from the uploads alone, and this same forward gives its targets for them.
+                f_logits = self.foundation(u, learn=True)  # (32, C)
+                if not hp.freeze_foundation:
+                    loss = entropy_loss(f_logits, self.e0)
+                    common.descend(self.f.opt, loss, "the entropy loss of f", "--lr-f")
+                    self.counts["cloud_backwards"] += len(u)
+                x, f_logits = u, f_logits.detach()
+                # ABLATE: without replay (--replay 0) 84.26 and half the cloud's work, with it 84.13:
+                # worth nothing on streams of 24 batches (results/cema/ablation).
+                if len(self.kept) >= hp.replay_min:
+                    old = self.draw(hp.replay_draw)
+                    x = torch.cat([u, old])  # (128, 3, S, S)
+                    f_logits = torch.cat([f_logits, self.foundation(old, learn=False)])
+                self.remember(u)
+                self.distil(x, f_logits)
+            if hp.replay_only and self.steps == before and len(self.kept) > hp.replay_min:
+                x = self.draw(hp.cloud_batch + hp.replay_draw)
+                self.distil(x, self.foundation(x, learn=False))
+                self.counts["replay_only_steps"] += 1
+        except InputError as e:  # NaN, by --lr or by hostile images, must not end the edge's loop
             warnings.warn(f"{e}; both networks begin anew")
             self.f.reset(stats=True)
             self.twin.reset(stats=True)
             self.counts["resets"] += 1
         self.rounds += 1
-        if self.sent == self.steps or self.rounds % self.hp.download_every:
+        if self.sent == self.steps or self.rounds % hp.download_every:
             return None
         self.sent = self.steps  # a version is a number of steps: the newer one is the larger
         # All parameters, each time: a lost message harms nobody, since the next one is complete.
         affine, stats = flat(self.twin.affine), flat(self.twin.stats)
         return encode(version=np.int64(self.steps), affine=affine, stats=stats)
-
-    def learn(self) -> None:
-        """A step for every --cloud-batch uploads; where there is none, one on replayed images."""
-        hp, before = self.hp, self.steps
-        while len(self.pending) >= hp.cloud_batch:
-            u, self.pending = self.pending[:hp.cloud_batch], self.pending[hp.cloud_batch:]
-            # f learns from the uploads alone, and this same forward gives its targets for them.
-            f_logits = self.foundation(u, learn=True)  # (32, C)
-            if not hp.freeze_foundation:
-                loss = entropy_loss(f_logits, self.e0)
-                common.descend(self.f.opt, loss, "the entropy loss of f", "--lr-f")
-                self.counts["cloud_backwards"] += len(u)
-            x, f_logits = u, f_logits.detach()
-            # ABLATE: without replay (--replay 0) 84.26 and half the cloud's work, with it 84.13: worth
-            # nothing on streams of 24 batches (results/cema/ablation).
-            if len(self.kept) >= hp.replay_min:
-                old = self.draw(hp.replay_draw)
-                x = torch.cat([u, old])  # (128, 3, S, S)
-                f_logits = torch.cat([f_logits, self.foundation(old, learn=False)])
-            self.remember(u)
-            self.distil(x, f_logits)
-        if hp.replay_only and self.steps == before and len(self.kept) > hp.replay_min:
-            x = self.draw(hp.cloud_batch + hp.replay_draw)
-            self.distil(x, self.foundation(x, learn=False))
-            self.counts["replay_only_steps"] += 1
 
     def foundation(self, x: Tensor, learn: bool) -> Tensor:
         self.counts["cloud_forwards"] += len(x)

@@ -619,6 +619,12 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
             state, about = state[key], {k: v for k, v in state.items() if k in ABOUT}
             break
     check_kinds(about, ABOUT, file, "tools/pretrain.py")
+    for key, least in (("mean", -math.inf), ("std", 0.0)):
+        values = about.get(key, [0.5] * 3)
+        kinds = {type(v) for v in values} <= {int, float}
+        if len(values) != 3 or not kinds or not all(least < v < math.inf for v in values):
+            raise InputError(f"{file}: its {key} is {values}; expected three numbers"
+                             f"{' above 0' * (key == 'std')}, of images in [0, 1]")
     bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
     if bad:
         raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
@@ -647,13 +653,14 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
 @torch.no_grad()
 def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
     """Puts a network's outputs `names` into the order of the data's classes. InputError: other names."""
+    names = [str(n) for n in names]
     by_number = any(all(str(n).isdigit() for n in known) for known in (names, data.classes))
     if names == data.classes or by_number:
         return
     if sorted(names) != sorted(data.classes):
-        first = next(n for n in names if n not in data.classes)
-        raise InputError(f"{file}: knows a class {first}, which {data.name} has not: other classes, in "
-                         "spite of their number")
+        one = sorted(set(names) ^ set(data.classes))[:1]
+        raise InputError(f"{file}: was trained for other classes than those of {data.name}: only one of "
+                         f"them knows {' '.join(one)}")
     order = [names.index(n) for n in data.classes]
     x = torch.rand(2, 3, data.size, data.size, device=next(model.parameters()).device)
     before = model(x)

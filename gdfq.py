@@ -180,13 +180,18 @@ def distillation_loss(teacher_logits: Tensor, student_logits: Tensor, T: float, 
 
 # ===== Model surgery ================================================================================
 
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU,
-               nn.Mish, nn.Hardswish, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid)
-NAMES = ("relu relu_ relu6 hardtanh leaky_relu leaky_relu_ prelu elu elu_ celu selu silu mish hardswish "
-         "gelu softplus tanh sigmoid hardsigmoid clamp clamp_ clip").split()
+SOFT = (nn.MultiheadAttention, nn.Softmin, nn.Softmax, nn.Softmax2d, nn.LogSoftmax)
+ACTIVATIONS = tuple(t for t in vars(nn.modules.activation).values() if isinstance(t, type)
+                    and issubclass(t, nn.Module) and t not in (nn.Module, *SOFT))
+NAMES = ("relu relu_ relu6 hardtanh leaky_relu leaky_relu_ prelu rrelu elu elu_ celu selu silu mish glu "
+         "hardswish gelu softplus softsign tanh tanhshrink hardshrink softshrink sigmoid hardsigmoid "
+         "logsigmoid threshold clamp clamp_ clip").split()
 CALLS = {getattr(of, name) for of in (torch, F) for name in NAMES if hasattr(of, name)} | set(NAMES)
 GATES = (nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+# Nonlinear, or a product of two activations, and without a range: named, where a network has them.
+IN_FLOAT = set("softmax matmul bmm einsum scaled_dot_product_attention exp log abs pow square erf "
+               "maximum where".split())
 
 
 class Tracer(torch.fx.Tracer):
@@ -213,11 +218,16 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
         raise InputError(f"torch.fx cannot trace {type(model).__name__}: {why}") from None
 
 
+def kind_of(q: torch.fx.GraphModule, node: torch.fx.Node):
+    """What a node calls: the class of a module, a function, the name of a method."""
+    return type(q.get_submodule(node.target)) if node.op == "call_module" else node.target
+
+
 def activation_calls(q: torch.fx.GraphModule) -> list[torch.fx.Node]:
     """The calls whose result gets a range: nonlinearities, of a gate, sigmoid(x) * y, the product."""
     found = []
     for node in q.graph.nodes:
-        kind = type(q.get_submodule(node.target)) if node.op == "call_module" else node.target
+        kind = kind_of(q, node)
         is_call = node.op in ("call_function", "call_method") and kind in CALLS
         if is_call or node.op == "call_module" and issubclass(kind, ACTIVATIONS):
             products = [user for user in node.users if user.target in PRODUCTS]
@@ -322,10 +332,13 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(bits))
     with observing(q):
         common.check_network(q.to(example.device), example)
-    if left := [n for n, p in q.named_parameters() if p.ndim > 1 and not n.endswith(".weight.original")]:
+    left = [n for n, p in q.named_parameters() if p.ndim > 1 and not n.endswith(".weight.original")]
+    names = {getattr(kind, "__name__", kind).lower() for kind in (kind_of(q, n) for n in q.graph.nodes)}
+    if left or names & IN_FLOAT:
         share = sum(q.get_parameter(n).numel() for n in left) / sum(p.numel() for p in q.parameters())
-        warnings.warn(f"{share:.0%} of the parameters stay in fp32, since no quantizer knows them: "
-                      f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''}")
+        named = [*left[:3], *["and others"] * (len(left) > 3), *sorted(names & IN_FLOAT)]
+        warnings.warn(f"{share:.0%} of the parameters, besides biases and norm layers, stay in fp32, "
+                      f"as does what no quantizer knows: {', '.join(named)}")
     return q
 
 

@@ -149,11 +149,32 @@ def test_every_way_to_call_an_activation_or_to_take_a_weight_is_quantized():
 
 
 def test_what_stays_in_full_precision_is_named():
-    """A weight of the network's own. Fails if the note is gone, or names a weight that is quantized."""
-    net = Odd()
+    """A weight of the network's own, products of activations. Fails if the note is gone, or names a
+    weight that is quantized."""
+    class Attention(Odd):
+        def forward(self, x):
+            return super().forward(x) @ super().forward(x).softmax(1).mT.abs()
+
+    net = Attention()
     net.stem.append(nn.ConvTranspose2d(4, 4, 2, bias=False))
-    with pytest.warns(UserWarning, match=r"^25% of the parameters stay in fp32.*: stem\.2\.weight$"):
+    says = r"^25% of the parameters, .* stay in fp32.*: stem\.2\.weight, abs, matmul, softmax$"
+    with pytest.warns(UserWarning, match=says):
         quantize(net, NOISE, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["GLU", "LogSigmoid", "RReLU", "Softsign", "Hardshrink", "Tanhshrink"])
+def test_rare_activations_are_quantized_as_modules_and_as_functions(name):
+    """Fails if a nonlinearity that torch has is passed over without a word."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 3, 1, 1), getattr(nn, name)()
+
+        def forward(self, x):
+            x = self.act(self.conv(x))
+            return getattr(F, name.lower())(torch.cat([x, x], 1)).mean((2, 3))
+
+    assert len(ranges(quantize(Net(), NOISE, 4, 4))) == 2
 
 
 def test_each_relu_call_of_torchvision_resnet18_has_its_own_range():

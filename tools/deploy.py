@@ -86,7 +86,10 @@ def rebuild(file: str) -> tuple[nn.Module, dict]:
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     q, packed = rebuild(args.file)
-    data = common.load_data(args.dataset or packed["dataset"], args.data_dir)
+    try:
+        data = common.load_data(args.dataset or packed["dataset"], args.data_dir)
+    except InputError as e:
+        raise InputError(f"{e}" + "; --dataset names another" * (args.dataset is None)) from None
     C, side = len(packed["classes"]), packed["size"]
     if len(data.classes) != C or data.size != side:
         raise InputError(f"{args.file}: made for {C} classes of {side} px images; {data.name} has "
