@@ -300,11 +300,12 @@ def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",), momentum: f
 
     Only affine parameters of norm layers of these kinds require a gradient. InputError: there are none.
     """
-    model = common.copy_of(model).requires_grad_(False)
+    model, made = common.copy_of(model).requires_grad_(False), {}
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children leaves out a layer's second name
             if isinstance(child, _BatchNorm) and child.affine and child.running_mean is not None:
-                setattr(parent, name, AdaptiveBN(child, bn, momentum))
+                made[child] = made.get(child) or AdaptiveBN(child, bn, momentum)
+                parent._modules[name] = made[child]
     types = {"bn": AdaptiveBN, "ln": nn.LayerNorm, "gn": nn.GroupNorm}
     layers = [m for m in model.modules() if isinstance(m, tuple(types[k] for k in kinds))]
     affine = [p.requires_grad_(True) for m in layers for p in (m.weight, m.bias) if p is not None]

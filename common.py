@@ -87,6 +87,8 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     """main(parse(argv)), with a user's mistake turned into one line on stderr and exit code 2."""
     prog = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *where, **more: f"note: {message}\n"
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know the letters of a folder's name
+        getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         main(parse(argv))
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
@@ -249,7 +251,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy. Raises InputError for what cannot be copied, as a network under weight_norm."""
     try:
         return copy.deepcopy(model)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         raise InputError(f"{type(model).__name__} cannot be copied: {str(e).splitlines()[0]}") from None
 
 
@@ -413,7 +415,7 @@ def _from_npz(path: Path, name: str, norm) -> Data:
     try:
         with np.load(path) as npz:
             arrays = {k: npz[k] for k in ("train_images", "train_labels", "test_images", "test_labels")}
-            classes = [str(c) for c in npz["classes"]] if "classes" in npz else None
+            classes = npz["classes"].astype(str).tolist() if "classes" in npz else None
     except Exception as e:  # BadZipFile, zlib.error, KeyError: which, depends on where the file ends
         raise InputError(f"{path}: not a readable .npz file ({e}); expected the MedMNIST keys "
                          "{train,test}_{images,labels}") from None
@@ -422,7 +424,8 @@ def _from_npz(path: Path, name: str, norm) -> Data:
         images, y = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if y.ndim == 2 and y.shape[1] == 1:
             y = y[:, 0]  # MedMNIST's shape
-        if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) == len(images) > 0 or y.min() < 0:
+        known = y.dtype.kind in "iu" and y.ndim == 1 and len(y) == len(images) > 0
+        if not known or y.astype(np.int64).min() < 0:
             raise InputError(f"{path}: {split}_labels are {y.dtype} {y.shape} for {len(images)} images; "
                              "expected one integer an image: 0, 1, 2, ...")
         splits.append(TensorDataset(_images(images, f"{path}"), torch.from_numpy(y.astype(np.int64))))
@@ -437,7 +440,7 @@ def _in_memory(name: str, classes, norm, train: TensorDataset, test: TensorDatas
     if norm is None:  # an unknown set is normalised by the statistics of its own train images
         sample = images[:5000].double() / 255
         norm = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).clamp_min(1e-3).tolist()
-    if classes is None:
+    if not isinstance(classes, list):  # none, or a number of them
         last = int(torch.cat([train.tensors[1], test.tensors[1]]).max())
         if last > len(images):  # a class name each would take all memory
             raise InputError(f"{name}: label {last} for {len(images)} train images; labels count from 0")
@@ -459,6 +462,7 @@ def _from_torchvision(dataset: str, data_dir: str) -> Data:
     return _in_memory(name, raw[0].classes, NORMS[name], *splits)
 
 
+HIDDEN = (".", "__", "@")  # .cache, .ipynb_checkpoints, __MACOSX, @eaDir
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -475,11 +479,13 @@ class ImageFolder(torch.utils.data.Dataset):
         steps = [v2.Resize(resize)] if resize else []
         self.transform = v2.Compose([*steps, v2.CenterCrop(224), v2.PILToTensor()])
         folders = [Path(entry) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
-        folders = sorted(f for f in folders if not f.name.startswith((".", "__")))
+        folders = sorted(f for f in folders if not f.name.startswith(HIDDEN))
         self.classes, self.files, self.targets = [f.name for f in folders], [], []
         for c, folder in enumerate(folders):
             for at, _, names in sorted(os.walk(folder, followlinks=True)):
+                hidden = any(part.startswith(HIDDEN) for part in Path(at).relative_to(folder).parts)
                 names = [n for n in sorted(names) if n.lower().endswith(IMAGE_FILES) and n[0] != "."]
+                names = [] if hidden else names
                 self.files += [Path(at, n) for n in names]
                 self.targets += [c] * len(names)
         if not self.files:

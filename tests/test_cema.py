@@ -267,6 +267,13 @@ def test_only_affine_parameters_of_norm_layers_may_move():
     assert configure(model, "batch")[2] == []
 
 
+def test_a_layer_with_two_names_adapts_as_one():
+    """Fails if its second use stays a plain BatchNorm, which no message reaches."""
+    bn = nn.BatchNorm2d(3)
+    model, affine, _ = configure(nn.Sequential(bn, nn.ReLU(), bn), "ema")
+    assert model[0] is model[2] and isinstance(model[0], cema.AdaptiveBN) and len(affine) == 2
+
+
 def test_layer_and_group_norm_adapt_too():
     """Affine parameters only. Fails if a kind is mapped to another layer."""
     all_three = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(5), nn.LayerNorm(6))

@@ -119,7 +119,7 @@ def test_only_images_count_as_images(tmp_path):
 
     grey = Image.fromarray(np.full((8, 8), 200, np.uint8))
     deep = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
-    for folder in ("ant", "bee/deeper", ".cache", "__MACOSX", ".ipynb_checkpoints"):
+    for folder in ("ant", "bee/deeper", ".cache", "__MACOSX", "@eaDir", "ant/.ipynb_checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
         grey.save(tmp_path / folder / "0.png")
     deep.save(tmp_path / "ant/1.png")
@@ -159,6 +159,7 @@ def npz_of(path, train_y, test_y, classes=None, side=32):
 
 @pytest.mark.parametrize("changes, says", [
     (dict(train_y=[0, 10**8]), "label 100000000 for 2 train images"),
+    (dict(train_y=np.array([0, 2**63], np.uint64)), "expected one integer an image"),
     (dict(train_y=[0, 2], classes=["a", "b"]), "label 2 of 2 classes"),
     (dict(test_y=[0, 2], classes=["a", "b"]), "label 2 of 2 classes"),
     (dict(side=48), "train images of 32 px and test images of 48 px")])
