@@ -562,12 +562,13 @@ def float_state(q: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def pack(q: nn.Module) -> dict[str, Tensor]:
+def pack(q: nn.Module) -> dict:
     """The integers that a device would store, as four flat tensors; tools/deploy.py reads them back.
 
     codes   uint8, wbits a weight: 4-bit codes lie two in a byte
     steps   fp32, one s an output channel;  zeros  uint8, one -z an output channel
     floats  fp32, float_state
+    and wbits, abits, first_last_bits, as `quantize` takes them
     """
     codes, steps, zeros, floats = [], [], [], [t.detach().cpu().flatten() for t in float_state(q)]
     for layer in quantized_layers(q):
@@ -577,7 +578,11 @@ def pack(q: nn.Module) -> dict[str, Tensor]:
         steps.append(s.flatten().cpu())
         zeros.append((-z).flatten().to(torch.uint8).cpu())
     parts = {"codes": codes, "steps": steps, "zeros": zeros, "floats": floats}
-    return {k: torch.cat(v) for k, v in parts.items()}
+    bits = [layer.parametrizations.weight[0].bits for layer in quantized_layers(q)]
+    wbits, ends = bits[len(bits) // 2], bits[0]
+    abits = next((m.bits for m in q.modules() if isinstance(m, ActivationQuantizer)), 8)
+    return {k: torch.cat(v) for k, v in parts.items()} | {
+        "wbits": wbits, "abits": abits, "first_last_bits": ends if ends != wbits else None}
 
 
 @torch.no_grad()
@@ -721,7 +726,7 @@ def main(args: argparse.Namespace) -> None:
 def finish(method: GDFQ, model: nn.Module, data: common.Data, args, results: dict, log) -> None:
     """quantized.pt, the end record with both sizes, the table; then the checkpoint may go."""
     out = log.path.parent
-    about = {k: getattr(args, k) for k in ("arch", "dataset", "wbits", "abits", "first_last_bits")}
+    about = {k: getattr(args, k) for k in ("arch", "dataset")}
     about |= {k: getattr(data, k) for k in ("classes", "mean", "std", "size")}
     # torchvision's Inception and GoogLeNet change it with their weights.
     about["transform_input"] = getattr(model, "transform_input", False)
@@ -734,6 +739,8 @@ def finish(method: GDFQ, model: nn.Module, data: common.Data, args, results: dic
     title = f"{args.arch} on {data.name}, W{args.wbits}A{args.abits}, last state"
     print_table(title, results, args, sizes)
     made = "log.jsonl, quantized.pt" + ("" if args.method == "finetune-real" else ", generated.png")
+    if results["acc_pct"] < results.get("acc_ptq_gen_pct", 0.0):
+        print("note: training ended below the PTQ that it started from: lower --lr, or train for longer")
     print(f"{out}/: {made}; {log.seconds():.0f} s, {common.peak_mib():.0f} MiB")
 
 

@@ -278,12 +278,16 @@ def last_linear(model: nn.Module, size: int, flag: str) -> nn.Linear:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost compound items of its Sequentials and ModuleLists, in order: blocks, stages."""
-    found = []
-    for child in model.children():
-        items = list(child) if isinstance(child, (nn.Sequential, nn.ModuleList)) else []
-        compound = [item for item in items if [*item.children()]]
-        found += compound or blocks(child)
-    return found
+    def inside(module: nn.Module) -> list[nn.Module]:
+        found = []
+        for child in module.children():
+            items = list(child) if isinstance(child, (nn.Sequential, nn.ModuleList)) else []
+            compound = [item for item in items if [*item.children()]]
+            found += compound or inside(child)
+        return found
+
+    # Inception and VGG have none of that kind: what they are put together from, then.
+    return inside(model) or [m for m in model.children() if [*m.children()]]
 
 
 def over_space(x: Tensor) -> Tensor:
@@ -323,9 +327,7 @@ class Extractor:
         self.forwards, self.seen = 0, []
         # What features depend on, beside images and weights: cached ones are refused when it differs.
         self.key = f"{foundation.size} {foundation.mean} {foundation.std} {taps} {amp}"
-        head, net = last_linear(self.model, foundation.size, "--foundation"), self.model.model
-        # Inception and VGG have no blocks of that kind: what they are put together from, then.
-        found = blocks(net) or [m for m in net.children() if [*m.children()]]
+        head, found = last_linear(self.model, foundation.size, "--foundation"), blocks(self.model.model)
         depths = np.linspace(len(found) - 1, 0, min(taps, len(found)))  # evenly, from the last one
         self.taps = sorted({round(depth) for depth in depths})
         for i in self.taps:
@@ -495,8 +497,10 @@ class Step1:
         z = ((f - self.mu) / self.sd) @ W
         y = r.y[known].to(self.device)
         q_u = propagate_labels(z, y, self.classes, hp.neighbours, hp.spread)[len(known):]
+        sure = F.one_hot(q_u.argmax(1), self.classes)  # what the power below tends to
         q_u = q_u ** hp.sharpen  # propagated probabilities are too flat
-        q_u = q_u / q_u.sum(1, keepdim=True)
+        total = q_u.sum(1, keepdim=True)
+        q_u = torch.where(total > 0, q_u / total, sure)
         unlabelled = torch.arange(r.views_l * r.n_l, len(self.features))
         return torch.cat([used, unlabelled]), torch.cat([q, q_u.repeat(r.views_u, 1)])
 

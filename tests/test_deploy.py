@@ -12,7 +12,7 @@ from tools import deploy
 
 # What gdfq.py has written into every quantized.pt since its first version.
 ABOUT = dict(arch="resnet8", dataset="fashion", classes=list("abcd"), mean=[0.5] * 3, std=[0.3] * 3,
-             size=32, first_last_bits=None, transform_input=False)
+             size=32, transform_input=False)
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -42,9 +42,9 @@ def test_the_packed_file_is_as_small_as_computed_and_reproduces_every_logit(wbit
     more_bits = (8 - wbits) * (16 * 27 + 64 * 4) if first_last else 0
     floats = 4 + 4 * (channels - 4) + 2 * 7  # fc bias; gamma, beta, mean, var; 7 times lo and hi
     computed = (wbits * numbers + more_bits) / 8 + 5 * channels + 4 * floats
-    assert abs(sum(t.numel() * t.element_size() for t in packed.values()) - computed) < 10
-    about = ABOUT | dict(wbits=wbits, abits=4, first_last_bits=first_last)
-    torch.save(packed | about, tmp_path / "q.pt")
+    tensors = [t for t in packed.values() if isinstance(t, torch.Tensor)]
+    assert abs(sum(t.numel() * t.element_size() for t in tensors) - computed) < 10
+    torch.save(packed | ABOUT, tmp_path / "q.pt")
     assert (tmp_path / "q.pt").stat().st_size < computed + 4000
     again, _ = deploy.rebuild(tmp_path / "q.pt")
     assert torch.equal(again(X), student(X))
@@ -60,7 +60,7 @@ def test_the_packed_file_is_as_small_as_computed_and_reproduces_every_logit(wbit
 def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fails):
     """Another network, other bits, other data. Fails if the lengths of the parts are not compared."""
     packed = gdfq.pack(gdfq.quantize(model, X, 4, 4))
-    torch.save(packed | ABOUT | dict(wbits=4, abits=4) | changes, tmp_path / "q.pt")
+    torch.save(packed | ABOUT | changes, tmp_path / "q.pt")
     assert says in fails(deploy, f"evaluate {tmp_path}/q.pt")
 
 
@@ -72,3 +72,16 @@ def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fa
 def test_what_is_no_packed_network_is_one_line(file, says, fails):
     """Fails if a checkpoint's missing keys end in a traceback."""
     assert says in fails(deploy, f"evaluate {file.format(root=common.ROOT)}")
+
+
+def test_the_readmes_lines_run(model, monkeypatch, tmp_path):
+    """Its dozen lines, on a short schedule. Fails if a name in them goes."""
+    text = (common.ROOT / "README.md").read_text()
+    lines = text[text.index("import torch\nfrom gdfq import"):]
+    lines = lines[:lines.index("```")].replace("my_pretrained_network", "model")
+    lines = lines.replace("num_classes=10", "num_classes=4").replace("abits=4)", "abits=4, **short)", 1)
+    monkeypatch.chdir(tmp_path)
+    short = dict(epochs=2, warmup_epochs=1, iters_per_epoch=1, batch_size=8, g_width=8)
+    names = dict(model=model, short=short, my_top1=lambda net: net(X).argmax(1).sum().item())
+    exec(lines, names)
+    assert torch.equal(names["again"](X), names["small"](X)) and names["figures"]["kd"] >= 0

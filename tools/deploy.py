@@ -43,11 +43,13 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 @torch.no_grad()
-def unpack(packed: dict[str, Tensor], q: nn.Module) -> nn.Module:
-    """Fill `q`, made by gdfq.quantize from the same architecture, with a packed network (gdfq.pack).
+def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
+    """The quantized network of gdfq.pack, in eval mode. `model` is of the same architecture, with any
+    weights, and not touched; example (B, ...): an input of it.
 
     Every logit is reproduced to the bit. Raises InputError where the two do not belong together.
     """
+    q = quantize(model, example, packed["wbits"], packed["abits"], packed["first_last_bits"])
     layers, floats = quantized_layers(q), float_state(q)
     bits = [layer.parametrizations.weight[0].bits for layer in layers]
     channels = [layer.weight.shape[0] for layer in layers]
@@ -79,8 +81,7 @@ def rebuild(file: str) -> tuple[nn.Module, dict]:
     model.to(memory_format=torch.channels_last)
     model.transform_input = packed["transform_input"]
     example = torch.zeros(1, 3, packed["size"], packed["size"])
-    q = quantize(model, example, packed["wbits"], packed["abits"], packed["first_last_bits"])
-    return unpack(packed, q), packed
+    return unpack(packed, model, example), packed
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
     python tools/sweep.py                                  # results/sweep.md, half an hour on two cores
     python tools/sweep.py resnet18 timm:convnextv2_nano    # these alone, printed
 
-A row a network, with random weights, BatchNorm statistics of the example batch, and two noise images:
+A row a network, with random weights, BatchNorm statistics of the example batch, and two noise images.
+Errors of random weights are the upper end; those of trained networks stand in gdfq.md.
 
     layers     Conv and Linear layers that gdfq.py quantizes, of all
     fp32 %     share of the parameters that stay fp32: norm layers, biases, what no quantizer knows
@@ -63,7 +64,12 @@ def build(name: str) -> tuple[nn.Module, int]:
 
 @torch.no_grad()
 def settle(net: nn.Module, x: Tensor) -> None:
-    """BatchNorm statistics of the batch x: at their initial 0 and 1 deep networks overflow or fade."""
+    """BatchNorm statistics of the batch x: at their initial 0 and 1 deep networks overflow or fade. And
+    no head of zeros, with which vision transformers begin.
+    """
+    for m in net.modules():
+        if isinstance(m, nn.Linear) and not m.weight.any():
+            nn.init.normal_(m.weight, std=0.02)
     layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in layers:
         m.momentum = 1.0
@@ -85,10 +91,12 @@ def quantized(net: nn.Module, x: Tensor) -> list[str]:
     share = 100 - 100 * small / sum(p.numel() for p in net.parameters())
     error = 100 * ((out - want).norm() / want.norm()).item()
     packed = gdfq.pack(q)
-    for t in q.state_dict().values():
-        if t.is_floating_point():
-            t.zero_()
-    exact = torch.equal(deploy.unpack(packed, q)(x), out)
+    other = common.copy_of(net)
+    for p in other.parameters():
+        p.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exact = torch.equal(deploy.unpack(packed, other, x)(x), out)
     return [f"{len(layers)} of {n}", f"{share:.1f}", f"{error:.1f}", "exact" if exact else "DIFFERS"]
 
 
