@@ -152,8 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
     a("--eta-lr", type=positive, default=2.5e-4, help="SGD of ETA; published: 2.5e-4, CIFAR-10 5e-3")
     a("--eta-d-margin", type=share, default=0.4, help="published: 0.05 (ImageNet), 0.4 (CIFAR-10)")
     a = p.add_argument_group("run").add_argument
-    a("--out", help="folder for log.jsonl; None: runs/cema/<data>_<arch>_<order>_<flags>")
+    a("--out", help="folder for log.jsonl; None: runs/cema/<flags>/seed0")
     a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of corruptions, order, replay, link")
+    a("--seeds", type=number(int, 0, 2**31 - 1), nargs="+", help="a run and a folder each; None: --seed")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=yes_no, help="bf16 autocast in training; None: where the hardware has it")
     a("--score-foundation", action=yes_no, default=True, help="the rows of f; a forward of f an image")
@@ -813,7 +814,7 @@ def main(args: argparse.Namespace) -> None:
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, domains, keep = streams.load_domains(args)
     kind = "" if args.recipe == "paper" else f"_{args.recipe}"
-    name = f"{data.name}_{args.arch}_{args.order}{kind}_s{args.seed}"
+    name = f"{data.name}_{args.arch}_{args.order}{kind}"
     usual, told = parse(["--recipe", args.recipe]), "dataset arch order recipe seed"
     out = Path(args.out or common.default_out("cema", name, args, usual, told))
     common.check_out(out, args)
@@ -894,4 +895,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    common.run(main, parse)
+    common.run(common.each_seed(main), parse)

@@ -107,6 +107,19 @@ def run(main, parse, argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def each_seed(main):
+    """`main` for each of --seeds, one run after the other, in <out>/seed0, <out>/seed1, ..."""
+    def mains(args: argparse.Namespace) -> None:
+        for seed in args.seeds or [args.seed]:
+            out = f"{args.out}/seed{seed}" if args.out and args.seeds else args.out
+            try:
+                main(argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None, "out": out}))
+            except SystemExit as e:  # --resume found this one finished; the next may not be
+                if e.code:
+                    raise
+    return mains
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is CUDA, else MPS, else CPU. Raises InputError for a device that is not there."""
     if name == "auto":
@@ -958,7 +971,8 @@ def default_out(script: str, name: str, args, usual: argparse.Namespace, told: s
             name += f"_{k.replace('_', '-')}-{text}"
     if len(name) > 150:
         name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return Path("runs", script, name)
+    out = Path("runs", script, name)
+    return out / f"seed{args.seed}" if hasattr(args, "seed") else out
 
 
 def check_out(path: Path, args=None, checkpoint: Path | None = None) -> Path:

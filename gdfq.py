@@ -140,8 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     a("--ema-momentum", type=number(float, 0, 0.99999), default=0.9, help="of ranges; published: 0.9")
     a("--calibration-batches", type=number(int, 1), default=30, help="that ranges are averaged over")
     a = p.add_argument_group("run").add_argument
-    a("--out", help="folder of log, picture, quantized.pt; None: runs/gdfq/<data>_<arch>_<flags>")
+    a("--out", help="folder of log, picture, quantized.pt; None: runs/gdfq/<flags>/seed0")
     a("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights of G, noise, labels, draws")
+    a("--seeds", type=number(int, 0, 2**63 - 1), nargs="+", help="a run and a folder each; None: --seed")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=yes_no, help="bf16 autocast in training; None: where the hardware has it")
     a("--resume", action=yes_no, default=False, help="from the last checkpoint; not finetune-real")
@@ -653,7 +654,7 @@ def main(args: argparse.Namespace) -> None:
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, real = common.load_data(args.dataset, args.data_dir), args.method == "finetune-real"
     C, kind = len(data.classes), ("" if args.recipe == "fast" else f"_{args.recipe}") + "_real" * real
-    name = f"{data.name}_{args.arch}_w{args.wbits}a{args.abits}{kind}_s{args.seed}"
+    name = f"{data.name}_{args.arch}_w{args.wbits}a{args.abits}{kind}"
     told = "dataset arch wbits abits recipe method seed"
     usual = parse(["--recipe", args.recipe, "--abits", f"{args.abits}"])
     out = Path(args.out or common.default_out("gdfq", name, args, usual, told))
@@ -755,4 +756,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    common.run(main, parse)
+    common.run(common.each_seed(main), parse)

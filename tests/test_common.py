@@ -554,13 +554,24 @@ def test_the_default_folder_tells_every_flag_away_from_its_default():
 
     def folder(line: str) -> str:
         args = gdfq.parse(line.split())
-        return common.default_out("gdfq", "x", args, gdfq.parse([]), "arch seed").name
+        out = common.default_out("gdfq", "x", args, gdfq.parse([]), "arch seed")
+        assert out.name == f"seed{args.seed}"
+        return out.parent.name
 
     assert folder("--arch resnet56 --seed 3 --device cpu") == "x"
     line = "--lr 0.05 --milestones 3 5 --dataset a/b.npz"
     assert folder(line) == "x_dataset-b.npz_milestones-3+5_lr-0.05"
     names = {folder(f"--milestones {' '.join(map(str, range(90, 150)))} --lr {lr}") for lr in (1, 2)}
     assert len(names) == 2 and all(len(name) < 160 for name in names)
+
+
+def test_several_seeds_are_a_run_and_a_folder_each():
+    """Fails if they share a folder, or if --seed alone no longer is one run."""
+    ran = []
+    main = common.each_seed(lambda args: ran.append((args.seed, args.out)))
+    for seeds, out in ((None, None), (None, "o"), ([3, 5], "o"), ([3, 5], None)):
+        main(argparse.Namespace(seed=1, seeds=seeds, out=out))
+    assert ran == [(1, None), (1, "o"), (3, "o/seed3"), (5, "o/seed5"), (3, None), (5, None)]
 
 
 @pytest.mark.parametrize("error, says", [

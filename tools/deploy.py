@@ -1,6 +1,6 @@
 """What comes after gdfq.py: rebuild a network from the integers of quantized.pt, and measure it.
 
-    python tools/deploy.py evaluate runs/gdfq/fashion_resnet20_w4a4_s0/quantized.pt
+    python tools/deploy.py evaluate runs/gdfq/fashion_resnet20_w4a4/seed0/quantized.pt
 
 The last line is the top-1 accuracy, equal to the run's own: the integers reproduce every logit.
 """
