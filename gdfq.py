@@ -683,6 +683,7 @@ def main(args: argparse.Namespace) -> None:
     def evaluate(network: nn.Module, name: str) -> None:
         results[name] = common.accuracy_pct(network, data, data.test, device)
         log.write("eval", iteration=method.iteration, wall_s=log.seconds(), **{name: results[name]})
+        print(f"{name} {results[name]:.2f}, {len(data.test)} images; {log.seconds():.0f} s", flush=True)
 
     if not state:
         evaluate(model, "acc_fp_pct")
@@ -703,7 +704,10 @@ def main(args: argparse.Namespace) -> None:
         images += args.batch_size * (1 if i < method.warmup else args.student_steps)
         mean = {k: 0.95 * mean.get(k, v) + 0.05 * v for k, v in stats.items()}
         img_per_s = images / (time.time() - t0)
-        bar.show(" | ".join(f"{k} {v:.3f}" for k, v in mean.items()) + f" | {img_per_s:.0f} img/s")
+        # Does M see the wanted classes? Then: does Q answer as M does?
+        shown = ("ce", "bns", "acc_m_pct") if i < method.warmup else ("acc_m_pct", "kd", "agree_pct")
+        figures = [f"{k} {mean[k]:.3f}" for k in shown if k in mean]
+        bar.show(" | ".join([*figures, f"{img_per_s:.0f} img/s"]))
         if (i + 1) % 10 == 0:
             log.write("step", iteration=i + 1, lr=method.opt.param_groups[0]["lr"], **mean,
                       img_per_s=img_per_s, wall_s=log.seconds())

@@ -72,16 +72,3 @@ def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fa
 def test_what_is_no_packed_network_is_one_line(file, says, fails):
     """Fails if a checkpoint's missing keys end in a traceback."""
     assert says in fails(deploy, f"evaluate {file.format(root=common.ROOT)}")
-
-
-def test_the_readmes_lines_run(model, monkeypatch, tmp_path):
-    """Its dozen lines, on a short schedule. Fails if a name in them goes."""
-    text = (common.ROOT / "README.md").read_text()
-    lines = text[text.index("import torch\nfrom gdfq import"):]
-    lines = lines[:lines.index("```")].replace("my_pretrained_network", "model")
-    lines = lines.replace("num_classes=10", "num_classes=4").replace("abits=4)", "abits=4, **short)", 1)
-    monkeypatch.chdir(tmp_path)
-    short = dict(epochs=2, warmup_epochs=1, iters_per_epoch=1, batch_size=8, g_width=8)
-    names = dict(model=model, short=short, my_top1=lambda net: net(X).argmax(1).sum().item())
-    exec(lines, names)
-    assert torch.equal(names["again"](X), names["small"](X)) and names["figures"]["kd"] >= 0
