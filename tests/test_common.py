@@ -15,6 +15,7 @@ from torch import nn
 
 import common
 from common import InputError
+from tools.data import ImageFolder
 from tools.deploy import unpack_bits
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_an_image_folder_loads(tmp_path):
     assert data.classes == ["ant", "bee"] and data.mean == common.IMAGENET_NORM[0]
     assert x.shape == (2, 3, 224, 224) and x.dtype == torch.uint8 and y.tolist() == [0, 1]
     assert common.labels_of(data.train).tolist() == [0, 1]
-    as_it_is = common.ImageFolder(tmp_path / "val", resize=None)[0][0]
+    as_it_is = ImageFolder(tmp_path / "val", resize=None)[0][0]
     assert np.array_equal(as_it_is.permute(1, 2, 0), picture[8:232, 3:227])
 
 
@@ -126,7 +127,7 @@ def test_only_images_count_as_images(tmp_path):
     deep.save(tmp_path / "ant/2.tiff")
     (tmp_path / "ant/._0.png").write_bytes(b"Mac OS X")
     (tmp_path / "ant/notes.txt").write_text("no image")
-    folder = common.ImageFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     assert folder.classes == ["ant", "bee"] and folder.targets == [0, 0, 0, 1]
     assert all((x == 200).all() and x.shape == (3, 224, 224) for x, _ in folder)
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import common
 from common import InputError
 from tools.corruptions import CORRUPTIONS, HELD_OUT, corrupt
+from tools.data import ImageFolder, check_labels
 
 ORDERS = ("reset", "lifelong", "mixed", "label-shift")
 
@@ -188,10 +189,10 @@ def load_domains(args: argparse.Namespace) -> tuple[common.Data, list[Domain], l
             raise InputError(f"{root}: no {missing[0]}/{severity} in it; --stream imagenet-c expects "
                              "corruption/severity/wnid/*.JPEG. Leave it out (--corruptions), or unpack")
         folders = [root / n / str(severity) for n in names]
-        splits = [common.ImageFolder(folder, resize=None) for folder in folders]
+        splits = [ImageFolder(folder, resize=None) for folder in folders]
         domains = [Domain(f"{n}/{severity}", split) for n, split in zip(names, splits)]
     else:
-        domains = [Domain(args.stream, common.ImageFolder(root))]
+        domains = [Domain(args.stream, ImageFolder(root))]
     classes, keep = domains[0].split.classes, None
     if any(domain.split.classes != classes for domain in domains):
         raise InputError(f"{root}: the corruptions differ in their class folders; unpack them again")
@@ -224,7 +225,7 @@ def load_cifar_c(root: Path, dataset: str, names: list[str], severity: int) -> t
         domains.append(Domain(f"{n}/{severity}", split))
     classes = [str(c) for c in range(10 if dataset == "cifar10" else 100)]
     data = common.Data(dataset, classes, 32, *common.NORMS[dataset], None, domains[0].split)
-    return common.check_labels(data), domains
+    return check_labels(data), domains
 
 
 def kept_classes(present: list[str], wnids: str | None) -> tuple[list[int], list[str]]:

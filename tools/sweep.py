@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     if not names:
         names = torchvision.models.list_models(module=torchvision.models)
         try:
-            import timm  # noqa: F401
+            import timm  # noqa: F401  (is it here?)
             names += [f"timm:{n}" for n in TIMM]
         except ImportError:
             print("note: no timm here; pip install timm for 30 of its networks")
