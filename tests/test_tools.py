@@ -13,6 +13,7 @@ import common
 from tools import plot, table
 
 PAGES = [common.ROOT / "README.md", *sorted((common.ROOT / "results").glob("*.md"))]
+PAGES.remove(common.ROOT / "results" / "sweep.md")  # tools/sweep.py writes all of it
 
 
 def write_log(file: Path, argv: str = "python gdfq.py", accs: tuple = (50.0,), tail: str = "") -> None:
