@@ -539,9 +539,9 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
         if dataset == "imagenet" and C == 1000 and not CIFAR_ARCH.fullmatch(arch):
             return build_model(arch, C, "DEFAULT").eval(), data, f"{arch}: torchvision's DEFAULT weights"
         if dataset != "fashion":
+            make = f"; make it with: python tools/pretrain.py --arch {arch} --dataset {dataset}"
             raise InputError(f"no weights for {arch} on {data.name}: expected weights/{shipped.name} or "
-                             "a file named by a flag; make it with: python tools/pretrain.py "
-                             f"--arch {arch} --dataset {dataset}")
+                             f"a file named by a flag{make * (data.train is not None)}")
         try:
             from tools import pretrain
         except ImportError:

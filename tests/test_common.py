@@ -150,6 +150,16 @@ def test_a_broken_image_is_one_clear_line_with_its_name(broken, tmp_path, capsys
     assert f"error: {file}: not an image that can be read" in line and "Traceback" not in line
 
 
+def test_without_data_the_script_says_what_to_copy(tmp_path, monkeypatch):
+    """Fails if a copied script names a file and not where it comes from."""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    with pytest.raises(InputError, match="copy data/ along, or make it anew with: python tools/pretrain"):
+        common.load_data("fashion")
+    monkeypatch.setitem(sys.modules, "tools", None)
+    with pytest.raises(InputError, match="copy tools/ along"):
+        common.load_data("fashion")
+
+
 def npz_of(path, train_y, test_y, classes=None, side=32):
     image = lambda n, side=32: np.zeros((n, side, side), np.uint8)
     more = {} if classes is None else {"classes": np.array(classes)}

@@ -51,6 +51,9 @@ def check_labels(data: Data) -> Data:
 
 def _load(dataset: str, data_dir: str) -> Data:
     path = Path(dataset)
+    if dataset == "fashion" and not (common.ROOT / "data" / "fashion_mnist.npz").exists():
+        raise InputError("no data/fashion_mnist.npz: copy data/ along, or make it anew with: python "
+                         "tools/pretrain.py embed")
     if dataset == "fashion":
         return _from_npz(common.ROOT / "data" / "fashion_mnist.npz", "fashion", common.NORMS["fashion"])
     if dataset in ("cifar10", "cifar100"):
@@ -124,8 +127,9 @@ def _from_torchvision(dataset: str, data_dir: str) -> Data:
     try:
         raw = [getattr(datasets, name)(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as e:  # URLError, a failed checksum, a read-only folder: all mean "no data"
+        npz = f", or {data_dir}/{dataset}.npz with MedMNIST keys" * (dataset != "fashion-mnist")
         raise InputError(f"--dataset {dataset}: not in {data_dir} and the download failed ({e}); put it "
-                         f"there, or {data_dir}/{dataset}.npz with MedMNIST keys") from None
+                         f"there{npz}") from None
     splits = [TensorDataset(_images(np.asarray(r.data), name), torch.as_tensor(r.targets)) for r in raw]
     name = "fashion" if dataset == "fashion-mnist" else dataset
     return _in_memory(name, raw[0].classes, common.NORMS[name], *splits)
