@@ -57,7 +57,7 @@ Departures from the spirit of the abstract, with the flag that goes back.
     D4  Logits are distilled from the first step on.               --schedule features-then-logits
     D5  bf16 autocast in F and in S's training, where the hardware has it.               --no-amp
 
-    python tdmr.py                                # 20 labelled images a class and 4,000 without labels
+    python tdmr.py                                # 20 labelled images a class, 4,000 more: 5 minutes
     python tdmr.py --unlabelled 0 --methods all   # the labelled images alone; every ablation
     python tdmr.py --foundation swin_t --dataset /path/to/imagefolder --target mobilenet_v3_small
 """
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--data-dir", default="data", help="where cifar lies, or is downloaded to")
     a("--shots", type=count, default=20, help="labelled images a class")
     a("--fraction", type=share, help="labelled share of the train images, in place of --shots")
-    a("--unlabelled", type=whole, default=4000, help="further train images, without labels")
+    a("--unlabelled", type=whole, default=4000, help="further train images, without labels, at most")
     a("--methods", nargs="+", default=["scratch", "probe", "kd", "fitnet", "tdmr"], metavar="METHOD",
       choices=[*METHODS, "all"], help=f"rows of the table: {', '.join(METHODS)}, or all")
     a = p.add_argument_group("features").add_argument
@@ -401,25 +401,30 @@ def few_shot(labels: Tensor, classes: list[str], hp, seed: int) -> tuple[Tensor,
         if n < least:
             raise InputError(f"{asked}: class {classes[c]} has only {n} train images for it")
     rest = order[~torch.isin(order, chosen)]
-    if len(rest) < hp.unlabelled:
+    # The default takes what is left; a number that was asked for is one.
+    if len(rest) < hp.unlabelled != build_parser().get_default("unlabelled"):
         raise InputError(f"--unlabelled {hp.unlabelled}: only {len(rest)} train images are left beside "
                          f"the {len(chosen)} labelled ones")
     return chosen, rest[:hp.unlabelled]
 
 
-def cached_features(file: Path, extractor: Extractor, images: Tensor) -> Tensor:
-    """f of every image, (R, dF) fp16 on the CPU; from `file` if it is of these images and this F."""
+def cached_features(file: Path, extractor: Extractor, images: Tensor) -> tuple[Tensor, int, float]:
+    """f of every image, (R, dF) fp16 on the CPU, and what they cost: forwards of F, seconds.
+
+    From `file` if it is of these images and this F: then at the cost of the run that made it.
+    """
+    t0 = time.time()
     h = hashlib.sha256(extractor.key.encode() + images.numpy().tobytes())
     for name, t in extractor.model.state_dict().items():
         h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
     if file.exists():
         try:
-            saved = common.load_file(file, ("key", "features"), "cached features")
+            saved = common.load_file(file, ("key", "features", "seconds"), "cached features")
         except InputError:  # half a file, or something else's
             saved = {"key": ""}
         if saved["key"] == h.hexdigest():
             print(f"features: those of {file} are reused, F does not run", flush=True)
-            return saved["features"]
+            return saved["features"], len(images), saved["seconds"]
         print(f"features: {file} is of other images, views or another F; computed anew", flush=True)
     parts, batch = [], images.split(250)
     bar = common.Progress(0, len(batch))
@@ -429,8 +434,9 @@ def cached_features(file: Path, extractor: Extractor, images: Tensor) -> Tensor:
     features = torch.cat(parts)
     if not features.isfinite().all():
         raise InputError("--foundation: its features are not finite in fp16; are its weights its own?")
-    common.save_atomic({"key": h.hexdigest(), "features": features}, file)
-    return features
+    seconds = time.time() - t0
+    common.save_atomic({"key": h.hexdigest(), "features": features, "seconds": seconds}, file)
+    return features, len(images), seconds
 
 
 # ----- step 1: reprogram F -----
@@ -754,19 +760,18 @@ def main(args: argparse.Namespace) -> None:
         for method, row in run_seed(hp, methods, data, extractor, log, device).items():
             table.setdefault(method, []).append(row)
     print_table(table, f"{args.target} on {data.name}")
-    print(f"labelled: {shots} {'a class' if args.fraction is None else 'of all'}, unlabelled: "
-          f"{args.unlabelled}; last state, {len(data.test)} test images\n{out}/: log.jsonl, tdmr.pt")
+    print(f"labelled: {shots} {'a class' if args.fraction is None else 'of all'}; last state, "
+          f"{len(data.test)} test images\n{out}/: log.jsonl, tdmr.pt")
 
 
 def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, log, device) -> dict:
     """All methods on one draw of images. Returns the table's rows, method -> figures."""
     folder, labels, C = log.path.parent, common.labels_of(data.train), len(data.classes)
     chosen, rest = few_shot(labels, data.classes, hp, hp.seed)
+    print(f"seed {hp.seed}: {len(chosen)} labelled and {len(rest)} unlabelled images", flush=True)
     labelled, unlabelled = take(data.train, chosen), take(data.train, rest)
     rows = make_rows(labelled, labels[chosen], unlabelled, hp.labelled_views, hp.views, hp.seed)
-    before, t0 = extractor.forwards, time.time()
-    features = cached_features(folder / "features.pt", extractor, rows.images)
-    features_s, forwards = time.time() - t0, extractor.forwards - before
+    features, forwards, features_s = cached_features(folder / "features.pt", extractor, rows.images)
     print(f"features: {features.shape[1]} numbers an image, of F's last feature and of "
           f"{len(extractor.taps)} depths{' (no blocks found)' * (not extractor.taps)}", flush=True)
 
@@ -781,7 +786,7 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
         net, choice = step1.train(name)
         lessons[name], train_s[name], params[name] = step1.teach(net), time.time() - t0, trainable(net)
         every = take(data.test, torch.arange(len(data.test)))
-        test_features = cached_features(folder / "features_test.pt", extractor, every)
+        test_features = cached_features(folder / "features_test.pt", extractor, every)[0]
         acc = head_accuracy_pct(net, test_features, common.labels_of(data.test), device)
         results[f"acc_{name}_pct"] = acc
         log.write("eval", method=name, acc_pct=acc, **choice, params=params[name], train_s=train_s[name])

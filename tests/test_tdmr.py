@@ -199,9 +199,9 @@ def test_images_of_another_size_are_resized_to_the_foundation():
 
 @pytest.mark.parametrize("change", ["nothing", "images", "weights", "taps", "file"])
 def test_the_cache_is_used_unless_data_or_foundation_differ(change, tmp_path, capsys):
-    """Fails if cached features are not used, or the key misses one of these."""
+    """At the cost of the run that made them. Fails if they are not used, or the key misses one of these."""
     x, of, file = images(4), foundation(), tmp_path / "f.pt"
-    tdmr.cached_features(file, extractor(of), x)
+    first = tdmr.cached_features(file, extractor(of), x)[2]
     if change == "images":
         x = x.clone()
         x[0, 0, 0, 0] ^= 1
@@ -210,7 +210,8 @@ def test_the_cache_is_used_unless_data_or_foundation_differ(change, tmp_path, ca
     if change == "file":
         file.write_bytes(file.read_bytes()[:500])
     e = extractor(of, 2 if change == "taps" else 9)
-    f = tdmr.cached_features(file, e, x)
+    f, cost, seconds = tdmr.cached_features(file, e, x)
+    assert cost == 4 and (seconds == first) == (change == "nothing")
     forwards, says = (0, "F does not run") if change == "nothing" else (4, "computed anew")
     assert e.forwards == forwards and says in capsys.readouterr().out and torch.equal(f, e(x).half())
 
@@ -488,7 +489,7 @@ def test_a_seed_repeats_a_row_and_features_are_reused(cached, everything, tiny, 
         shutil.copy(folder / name, tmp_path)
     text = tdmr_py(f"--dataset {tiny} --methods tdmr --seeds 1 {QUICK} --out {tmp_path}")
     assert text.count("F does not run") == 2 * cached  # train and test
-    assert read(tmp_path, "end")[None]["foundation_forwards"] == (0 if cached else SOURCES)
+    assert read(tmp_path, "end")[None]["foundation_forwards"] == SOURCES  # what they cost when made
     a, b = (torch.load(f / "tdmr.pt", weights_only=True)["state_dict"] for f in (folder, tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
