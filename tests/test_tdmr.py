@@ -199,7 +199,7 @@ def test_images_of_another_size_are_resized_to_the_foundation():
 
 @pytest.mark.parametrize("change", ["nothing", "images", "weights", "taps", "file"])
 def test_the_cache_is_used_unless_data_or_foundation_differ(change, tmp_path, capsys):
-    """At the cost of the run that made them. Fails if they are not used, or the key misses one of these."""
+    """At the cost of the run that made them. Fails if they are not used, or the key misses one."""
     x, of, file = images(4), foundation(), tmp_path / "f.pt"
     first = tdmr.cached_features(file, extractor(of), x)[2]
     if change == "images":
