@@ -576,7 +576,9 @@ class Cloud:
             self.twin.seeded = True
         # A flood pushes out the oldest, and `work` stays short.
         most = 16 * max(self.hp.cloud_batch, self.hp.batch_size)
-        self.pending = torch.cat([self.pending, torch.from_numpy(new["images"])])[-most:]
+        waiting = torch.cat([self.pending, torch.from_numpy(new["images"])])
+        self.counts["dropped"] += max(0, len(waiting) - most)
+        self.pending = waiting[-most:]
 
     def work(self) -> bytes | None:
         """What one batch of the edge sets off: learning, and a download."""
@@ -700,7 +702,7 @@ class CEMA:
 
     def step(self, x: Tensor) -> Tensor:
         """One batch.  uint8 (B, 3, S, S) -> logits (B, C), from before anything was learned of x."""
-        if x.dtype != torch.uint8 or x.shape[1:] != self.cloud.pending.shape[1:]:
+        if x.dtype != torch.uint8 or x.shape[1:] != self.cloud.pending.shape[1:] or not len(x):
             raise InputError(f"step: images are {x.dtype} {tuple(x.shape)}; expected uint8 (B, 3, S, S) "
                              f"with S = {self.cloud.pending.shape[-1]}")
         # The edge never waits: it answers with what has arrived, and what it uploads is work for later.
@@ -716,7 +718,7 @@ class CEMA:
             self.cloud.receive(message)
         self.since_work += len(x)
         if self.since_work >= self.hp.batch_size:  # batches of one image set off no more work
-            self.since_work -= self.hp.batch_size
+            self.since_work %= self.hp.batch_size
             if download := self.cloud.work():
                 counts["bytes_down"] += len(download)
                 counts["bytes_down_stats"] += 4 * self.cloud.n_stats

@@ -508,13 +508,14 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
 def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
     """Puts a network's outputs `names` into the order of the data's classes. InputError: other names."""
     names = [str(n) for n in names]
-    by_number = any(all(str(n).isdigit() for n in known) for known in (names, data.classes))
-    if names == data.classes or by_number:
+    if names == data.classes:
         return
-    if sorted(names) != sorted(data.classes):
-        one = sorted(set(names) ^ set(data.classes))[:1]
+    one, twice = sorted(set(names) ^ set(data.classes))[:1], len(set(names)) < len(names)
+    if one and any(all(str(n).isdigit() for n in known) for known in (names, data.classes)):
+        return  # known by number alone
+    if one or twice:
         raise InputError(f"{file}: was trained for other classes than those of {data.name}: only one of "
-                         f"them knows {' '.join(one)}")
+                         f"them knows {one[0]}" if one else f"{file}: names a class twice")
     order = [names.index(n) for n in data.classes]
     x = torch.rand(2, 3, data.size, data.size, device=next(model.parameters()).device)
     before = model(x)
@@ -702,11 +703,14 @@ def accuracy_pct(model: nn.Module, data: Data, split, device, batch_size: int = 
 def read_log(path: Path) -> list[dict]:
     """The records of a log; half a last line, as a killed run leaves it, is no record."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "event" not in record:
+            break
+        records.append(record)
     return records
 
 
@@ -743,6 +747,8 @@ class RunLog:
         self.file = self.path.open("a")
         lock(self.file)
         self.file.truncate(0)
+        if not resumed_at:  # or --resume would take up the run before this one
+            (out / "checkpoint.pt").unlink(missing_ok=True)
         for r in kept:
             if r.get("iteration", 0) <= resumed_at:
                 self.write(**r)
@@ -820,7 +826,10 @@ def check_out(path: Path, args=None, checkpoint: Path | None = None) -> Path:
         raise InputError(f"{path}: cannot be written, since {parent} is {why}; name another")
     log = path / "log.jsonl"
     if args is not None and log.exists():
-        then = next((r["args"] for r in read_log(log) if r["event"] == "start"), flat(args))
+        records = read_log(log)
+        if not records and log.stat().st_size:
+            raise InputError(f"{log}: is the log of another program; name another --out")
+        then = next((r.get("args", {}) for r in records if r["event"] == "start"), {})
         same_flags(args, then, f"{path}: holds a run", "name another --out, or delete it")
         going = (checkpoint or path / "checkpoint.pt").exists()
         if getattr(args, "resume", False) and is_finished(log) and not going:
@@ -873,7 +882,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:
 
 
 # Flags that may differ when a run goes on, or is run again in its folder.
-NO_MATTER = ("out", "save", "resume", "device", "checkpoint_every", "log_every", "seeds")
+NO_MATTER = ("out", "resume", "device", "checkpoint_every", "log_every", "seeds")
 
 
 def same_flags(args: argparse.Namespace, then: dict, what: str, advice: str) -> None:

@@ -332,6 +332,7 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
             raise InputError(f"{name}: its weight is made by a parametrization; remove that first")
         bits = first_last_bits if first_last_bits and i in (0, len(layers) - 1) else wbits
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(bits))
+    q.meta["bits"] = {"wbits": wbits, "abits": abits, "first_last_bits": first_last_bits}
     with observing(q):
         common.check_network(q.to(example.device), example)
     left = [n for n, p in q.named_parameters() if p.ndim > 1 and not n.endswith(".weight.original")]
@@ -580,11 +581,7 @@ def pack(q: nn.Module) -> dict:
         steps.append(s.flatten().cpu())
         zeros.append((-z).flatten().to(torch.uint8).cpu())
     parts = {"codes": codes, "steps": steps, "zeros": zeros, "floats": floats}
-    bits = [layer.parametrizations.weight[0].bits for layer in quantized_layers(q)]
-    wbits, ends = bits[len(bits) // 2], bits[0]
-    abits = next((m.bits for m in q.modules() if isinstance(m, ActivationQuantizer)), 8)
-    return {k: torch.cat(v) for k, v in parts.items()} | {
-        "wbits": wbits, "abits": abits, "first_last_bits": ends if ends != wbits else None}
+    return {k: torch.cat(v) for k, v in parts.items()} | q.meta["bits"]
 
 
 @torch.no_grad()

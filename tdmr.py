@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--warmup", type=share, default=0.1, help="share of the steps in which the rate rises")
     a("--finetune-lr", type=positive, default=0.01, help="peak rate of the row finetune")
     a = p.add_argument_group("run").add_argument
-    a("--out", help="folder of log and features; None: runs/tdmr/<data>_<target>_<shots>_<unlabelled>")
+    a("--out", help="folder of log and features; None: runs/tdmr/<flags>/seed0")
     a("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="a run and a folder each")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
     a("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: where it is fast")
@@ -743,10 +743,12 @@ def main(args: argparse.Namespace) -> None:
     name = f"{data.name}_{args.target}_{shots}_{args.unlabelled}"
     told = "dataset target shots fraction unlabelled"
     out = Path(args.out or common.default_out("tdmr", name, args, parse([]), told))
+    own = len(args.seeds) > 1 or not args.out  # a folder a seed
+    folders = {seed: out / f"seed{seed}" if own else out for seed in args.seeds}
     # Every check comes before anything is written.
     for seed in args.seeds:
         hp = argparse.Namespace(**vars(args), seed=seed)
-        common.check_out(out / f"seed{seed}" if len(args.seeds) > 1 else out, hp)
+        common.check_out(folders[seed], hp)
         few_shot(common.labels_of(data.train), data.classes, args, seed)
     last_linear(build("--target", args.target, len(data.classes)), data.size, "--target")
     extractor = Extractor(load_foundation(args, device), args.taps, device, args.amp)
@@ -755,7 +757,7 @@ def main(args: argparse.Namespace) -> None:
     table = {}
     for seed in args.seeds:
         hp = argparse.Namespace(**vars(args), seed=seed)
-        log = common.RunLog(out / f"seed{seed}" if len(args.seeds) > 1 else out)
+        log = common.RunLog(folders[seed])
         log.start(args, device)
         for method, row in run_seed(hp, methods, data, extractor, log, device).items():
             table.setdefault(method, []).append(row)

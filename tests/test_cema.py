@@ -712,7 +712,7 @@ def test_a_flood_of_uploads_leaves_the_newest_and_work_stays_short():
     cloud.receive(upload(x))
     assert torch.equal(cloud.pending, x[-256:])
     cloud.work()
-    assert cloud.steps == 32 and not len(cloud.pending)
+    assert cloud.steps == 32 and not len(cloud.pending) and cloud.counts["dropped"] == 600 - 256
 
 
 @pytest.mark.parametrize("version", [-2**63, 2**63 - 1])
@@ -727,7 +727,7 @@ def test_no_version_number_blocks_all_later_ones(version):
 
 def test_images_that_are_not_uint8_of_the_right_size_are_one_clear_line():
     """Fails if floats in [0, 1] are taken for nearly black bytes."""
-    for x in (torch.rand(2, 3, 32, 32), images(2)[..., :28, :28]):
+    for x in (torch.rand(2, 3, 32, 32), images(2)[..., :28, :28], images(2)[:0]):
         with pytest.raises(InputError, match="step: images are .* expected uint8 .* S = 32"):
             quick().step(x)
 

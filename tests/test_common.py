@@ -125,6 +125,7 @@ def test_only_images_count_as_images(tmp_path):
         grey.save(tmp_path / folder / "0.png")
     deep.save(tmp_path / "ant/1.png")
     deep.save(tmp_path / "ant/2.tiff")
+    (tmp_path / "ant/loop").symlink_to(tmp_path / "ant")
     (tmp_path / "ant/._0.png").write_bytes(b"Mac OS X")
     (tmp_path / "ant/notes.txt").write_text("no image")
     folder = ImageFolder(tmp_path)
@@ -132,14 +133,15 @@ def test_only_images_count_as_images(tmp_path):
     assert all((x == 200).all() and x.shape == (3, 224, 224) for x, _ in folder)
 
 
-@pytest.mark.parametrize("broken", ["half", "page", "float", "32 bits"])
+@pytest.mark.parametrize("broken", ["half", "page", "float", "32 bits", "dark"])
 def test_a_broken_image_is_one_clear_line_with_its_name(broken, tmp_path, capsys):
     """Also from a worker process. Fails if the run ends without the name, or the image is made up."""
     from PIL import Image
 
     (tmp_path / "val/ant").mkdir(parents=True)
     file = tmp_path / f"val/ant/{broken.replace(' ', '')}.tiff"
-    pixels = {"float": np.ones((9, 9), np.float32), "32 bits": np.full((9, 9), 2**20, np.int32)}
+    pixels = {"float": np.ones((9, 9), np.float32), "32 bits": np.full((9, 9), 2**20, np.int32),
+              "dark": np.full((9, 9), 200, np.int32)}
     Image.fromarray(pixels.get(broken, np.ones((90, 90), np.uint8))).save(file)
     if broken in ("half", "page"):
         file.write_bytes(file.read_bytes()[:2000] if broken == "half" else b"<html>")
@@ -153,7 +155,7 @@ def test_a_broken_image_is_one_clear_line_with_its_name(broken, tmp_path, capsys
 def test_without_data_the_script_says_what_to_copy(tmp_path, monkeypatch):
     """Fails if a copied script names a file and not where it comes from."""
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    with pytest.raises(InputError, match="copy data/ along, or make it anew with: python tools/pretrain"):
+    with pytest.raises(InputError, match="copy data/ along, or make it anew with"):
         common.load_data("fashion")
     monkeypatch.setitem(sys.modules, "tools", None)
     with pytest.raises(InputError, match="copy tools/ along"):
@@ -300,6 +302,15 @@ def test_classes_are_matched_by_name(tiny, tiny_weights, tmp_path):
     assert torch.equal(find("own.pt")(x), find("moved.pt")(x))
     with pytest.raises(InputError, match="other.pt: was trained for other classes .* knows ant"):
         find("other.pt")
+    torch.save(saved | {"classes": ["ant", "ant", "bee", "cat"]}, tmp_path / "twice.pt")
+    with pytest.raises(InputError, match="other classes"):
+        find("twice.pt")
+    # Names may be digits: folders sort 10 before 2.
+    digits = ["0", "1", "10", "2"]
+    numbers = data._replace(classes=digits)
+    torch.save(saved | {"classes": ["0", "1", "2", "10"]}, tmp_path / "digits.pt")
+    net = common.find_weights("resnet8", str(tiny), numbers, tmp_path / "digits.pt", "cpu")[0]
+    assert torch.equal(net(x), find("own.pt")(x)[:, [0, 1, 3, 2]])
 
 
 def test_missing_weights_name_the_command_that_makes_them(tiny):
@@ -544,6 +555,16 @@ def test_a_folder_of_other_flags_is_refused_and_a_finished_run_not_begun_again(t
     assert not e.value.code and "this run is finished" in capsys.readouterr().out
     (tmp_path / "checkpoint.pt").touch()  # of a second run in the same folder, interrupted
     assert common.check_out(tmp_path, args) == tmp_path
+    common.RunLog(tmp_path)  # begun anew: what is resumed later must be this one
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("text", ['{"loss": 1}\n', "[1, 2]\n", "epoch 1\n", "\ufffe"])
+def test_the_log_of_another_program_is_left_alone(tmp_path, text):
+    """Fails with a traceback, or if the file is emptied."""
+    (tmp_path / "log.jsonl").write_text(text, encoding="utf-16")
+    with pytest.raises(InputError, match="is the log of another program"):
+        common.check_out(tmp_path, argparse.Namespace(resume=False))
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):

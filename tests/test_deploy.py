@@ -5,6 +5,7 @@ Each docstring ends with the change under which its test was seen to fail.
 
 import pytest
 import torch
+from torch import nn
 
 import common
 import gdfq
@@ -48,6 +49,27 @@ def test_the_packed_file_is_as_small_as_computed_and_reproduces_every_logit(wbit
     assert (tmp_path / "q.pt").stat().st_size < computed + 4000
     again, _ = deploy.rebuild(tmp_path / "q.pt")
     assert torch.equal(again(X), student(X))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, the first of them at the end of the module's own order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends = nn.ModuleDict({"stem": nn.Conv2d(3, 3, 3), "head": nn.Linear(3, 4)})
+        self.body = nn.Conv2d(3, 3, 3)
+        self.body.weight = self.ends["stem"].weight
+
+    def forward(self, x):
+        x = torch.relu(self.body(torch.relu(self.ends["stem"](x))))
+        return self.ends["head"](x.mean((2, 3)))
+
+
+def test_shared_weights_and_odd_orders_come_back():
+    """8 bits at the ends, 4 in between. Fails if bits are guessed from the modules' order, or if the
+    second of two layers that share a weight overwrites the first."""
+    q = gdfq.quantize(Tied().eval(), X, 4, 4, first_last_bits=8)
+    assert torch.equal(deploy.unpack(gdfq.pack(q), Tied().eval(), X)(X), q(X))
 
 
 @pytest.mark.parametrize("changes, says", [

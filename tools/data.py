@@ -96,7 +96,7 @@ def _from_npz(path: Path, name: str, norm) -> Data:
         images, y = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if y.ndim == 2 and y.shape[1] == 1:
             y = y[:, 0]  # MedMNIST's shape
-        known = y.dtype.kind in "iu" and y.ndim == 1 and len(y) == len(images) > 0
+        known = y.dtype.kind in "iu" and y.ndim == 1 and images.ndim and len(y) == len(images) > 0
         if not known or y.astype(np.int64).min() < 0:
             raise InputError(f"{path}: {split}_labels are {y.dtype} {y.shape} for {len(images)} images; "
                              "expected one integer an image: 0, 1, 2, ...")
@@ -135,7 +135,7 @@ def _from_torchvision(dataset: str, data_dir: str) -> Data:
     return _in_memory(name, raw[0].classes, common.NORMS[name], *splits)
 
 
-HIDDEN = (".", "__", "@")  # .cache, .ipynb_checkpoints, __MACOSX, @eaDir
+HIDDEN = (".", "__MACOSX", "@eaDir")  # beginnings: .cache, .ipynb_checkpoints
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -155,10 +155,13 @@ class ImageFolder(torch.utils.data.Dataset):
         folders = sorted(f for f in folders if not f.name.startswith(HIDDEN))
         self.classes, self.files, self.targets = [f.name for f in folders], [], []
         for c, folder in enumerate(folders):
+            seen = set()
             for at, _, names in sorted(os.walk(folder, followlinks=True)):
+                again = os.path.realpath(at) in seen  # a link to a folder above
+                seen.add(os.path.realpath(at))
                 hidden = any(part.startswith(HIDDEN) for part in Path(at).relative_to(folder).parts)
                 names = [n for n in sorted(names) if n.lower().endswith(IMAGE_FILES) and n[0] != "."]
-                names = [] if hidden else names
+                names = [] if hidden or again else names
                 self.files += [Path(at, n) for n in names]
                 self.targets += [c] * len(names)
         if not self.files:
@@ -175,7 +178,7 @@ class ImageFolder(torch.utils.data.Dataset):
             image = Image.open(self.files[i])
             if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
                 deep = np.asarray(image)
-                if deep.min() < 0 or deep.max() > 65535:
+                if image.mode == "I" and image.format not in ("PNG", "PPM") or deep.max() > 65535:
                     raise ValueError("32 bits a pixel")
                 image = Image.fromarray((deep / 257).astype(np.uint8))
             if image.mode == "F":

@@ -67,7 +67,8 @@ def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
         to = (-1,) + (1,) * (len(shape) - 1)
         code = unpack_bits(code, k, shape.numel()).view(shape).float()
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        layer.weight.copy_(s.view(to) * (code - zero.float().view(to)))  # x_hat = s (q + z)
+        w = torch.empty_like(layer.weight).copy_(s.view(to) * (code - zero.float().view(to)))
+        layer.weight = nn.Parameter(w)  # x_hat = s (q + z); its own, also where two layers shared one
     for t, part in zip(floats, packed["floats"].split(lengths)):
         t.copy_(part.view(t.shape))
     return q

@@ -67,7 +67,9 @@ PARTS = ("model", "opt", "sched", "g")  # of a state: with them an interrupted r
 def network(hp: argparse.Namespace, data: common.Data) -> nn.Module:
     """With random weights, or those of --init."""
     if hp.init:
-        return common.load_network(Path(hp.init), hp.arch, len(data.classes))[0]
+        model, about = common.load_network(Path(hp.init), hp.arch, len(data.classes))
+        common.same_classes(model, about.get("classes", data.classes), data, hp.init)
+        return model
     return common.build_model(hp.arch, len(data.classes))
 
 
@@ -224,10 +226,14 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"{save}: is there already; name another file by --save, or delete it")
     common.check_out(save.parent)
     out = Path(args.out or Path("runs") / "pretrain" / save.stem)
-    common.check_out(out, args, save.with_name(save.name + ".resume"))
+    state_file = save.with_name(save.name + ".resume")
+    # Finished is a run whose file is there.
+    common.check_out(out, args, state_file if save.exists() else out)
     state = last_state(args, save)
     # The log loses the record of an epoch whose state was never written: that epoch comes again.
     log = common.RunLog(out, resumed_at=(state["epoch"] + 1) * (n // args.batch_size) if state else 0)
+    if not state:  # or --resume would take up the run before this one
+        state_file.unlink(missing_ok=True)
     log.t0 -= state["wall_s"] if state else 0.0  # the time of all stretches together
     log.start(args, device)
     acc = pretrain(args, data, save, device, log, common.command())
