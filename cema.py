@@ -795,6 +795,7 @@ def networks(args: argparse.Namespace, data: common.Data, keep, device) -> list[
         print(f"{'cloud' if nets else 'edge'}: {source}")
         net.to(device, memory_format=torch.channels_last)
         nets.append(FromBytes(net, d.mean, d.std, keep))
+    args.weights_crc = common.crc_of(*nets)  # --resume with another file of the same name is refused
     return nets
 
 

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -870,6 +871,14 @@ def restored(x, state):
     else:
         return deque(state) if isinstance(x, deque) else state
     return x
+
+
+def crc_of(*models: nn.Module) -> int:
+    """A number that tells networks apart: what a run's `args` say of the weights it began with."""
+    crc = 0
+    for t in (t for m in models for t in m.state_dict().values()):
+        crc = zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes(), crc)
+    return crc
 
 
 def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:

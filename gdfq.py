@@ -660,6 +660,7 @@ def main(args: argparse.Namespace) -> None:
     # Once without weights: every check comes before minutes go into pretraining.
     GDFQ(common.build_model(args.arch, C), C, data.size, args)
     model, data, source = common.find_weights(args.arch, args.dataset, data, args.weights, device)
+    args.weights_crc = common.crc_of(model)  # --resume with another file of the same name is refused
     method = GDFQ(model.to(device, memory_format=torch.channels_last), C, data.size, args)
     print(f"weights: {source}\ndevice: {common.device_name(device)}, {torch.get_num_threads()} threads, "
           f"{'bf16' if args.amp else 'fp32'}; recipe: {args.recipe} {RECIPES[args.recipe] or ''}")

@@ -567,6 +567,18 @@ def test_the_log_of_another_program_is_left_alone(tmp_path, text):
         common.check_out(tmp_path, argparse.Namespace(resume=False))
 
 
+def test_a_checkpoint_is_of_the_same_weights(tmp_path):
+    """Fails if a file that was replaced under its old name goes unnoticed."""
+    net = nn.Linear(3, 2)
+    args = argparse.Namespace(resume=True, weights_crc=common.crc_of(net))
+    common.save_atomic({"args": common.flat(args)}, tmp_path / "c.pt")
+    assert common.load_checkpoint(tmp_path / "c.pt", args)
+    net.bias.data[0] += 1e-6
+    args.weights_crc = common.crc_of(net)
+    with pytest.raises(InputError, match="another --weights-crc"):
+        common.load_checkpoint(tmp_path / "c.pt", args)
+
+
 def test_two_processes_do_not_write_one_folder(tmp_path):
     """The second is refused while the first lives. Fails if their records mix."""
     log = common.RunLog(tmp_path)
