@@ -44,7 +44,7 @@ Protocol: the questions that are otherwise asked in issues.
 
 Departures from paper and published code, with the flag that goes back. --recipe paper: D4 to D8, D10.
 
-    D1  The range EMA is debiased once (common.EMA); at 400 epochs it makes no difference.
+    D1  The range EMA is debiased once (common.EMA); published ranges freeze late enough to agree.
     D2  Every range holds 0, and every call of an activation has its own (quantize).
     D3  Ranges are averaged over 30 batches after the warm-up, not over it.       --calibration-batches
     D4  Ranges hold 99.98 % of the values, many-classes 99.95 %; all from 6 bits on.  --percentile 100

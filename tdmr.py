@@ -57,7 +57,7 @@ Departures from the spirit of the abstract, with the flag that goes back.
     D4  Logits are distilled from the first step on.               --schedule features-then-logits
     D5  bf16 autocast in F and in S's training, where the hardware has it.               --no-amp
 
-    python tdmr.py                                # 20 labelled images a class, 4,000 more: 5 minutes
+    python tdmr.py                                # 20 labelled images a class and 4,000 without labels
     python tdmr.py --unlabelled 0 --methods all   # the labelled images alone; every ablation
     python tdmr.py --foundation swin_t --dataset /path/to/imagefolder --target mobilenet_v3_small
 """
@@ -763,7 +763,7 @@ def main(args: argparse.Namespace) -> None:
             table.setdefault(method, []).append(row)
     print_table(table, f"{args.target} on {data.name}")
     print(f"labelled: {shots} {'a class' if args.fraction is None else 'of all'}; last state, "
-          f"{len(data.test)} test images\n{out}/: log.jsonl, tdmr.pt")
+          f"{len(data.test)} test images\n{out}/{'seed*/' * own}: log.jsonl, tdmr.pt")
 
 
 def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, log, device) -> dict:
