@@ -1,8 +1,10 @@
 """The corruptions of ImageNet-C and CIFAR-10-C, made on the fly: 15, and 4 more to tune on.
 
 Source: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations", ICLR 2019, arXiv 1903.12261. The parameters are the published ones. Random numbers, frost
-and spatter are ours, so results are NOT comparable with numbers from the published files.
+Perturbations", ICLR 2019, arXiv 1903.12261. Definitions and parameters are the published ones, and so are
+the strengths (table in results/cema.md). Random numbers, frost and the water of spatter are ours, and the
+published files were cut to whole bytes and, for ImageNet-C, stored as JPEG of quality 85: results are NOT
+comparable with numbers from those files.
 
     from tools.corruptions import corrupt
     y = corrupt(x, "fog", 5, torch.arange(len(x)))      # x uint8 (B, 3, S, S)
@@ -40,7 +42,7 @@ SEVERITIES = {
     # disk radius, sigma of its soft edge; px
     "defocus_blur": (((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)),
                      ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5))),
-    # sigma px, reach of a swap px, rounds
+    # sigma px, reach of a copy px, rounds
     "glass_blur": (((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)),
                    ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
     # radius, sigma; px
@@ -76,9 +78,11 @@ SEVERITIES = {
     "speckle_noise": ((.06, .1, .12, .16, .2), (.15, .2, .35, .45, .6)),
     # sigma px
     "gaussian_blur": ((.4, .6, .7, .8, 1), (1, 2, 3, 4, 6)),
-    # ours: drop size / side, share covered, opacity
-    "spatter": (((.03, .08, .3), (.03, .12, .35), (.03, .16, .4), (.03, .25, .9), (.03, .35, 1)),
-                ((.015, .08, .3), (.013, .12, .35), (.01, .16, .4), (.01, .25, .9), (.01, .35, 1))),
+    # of the liquid: mean, sd, sigma px, threshold; then opacity (water), sigma of the edges px (mud)
+    "spatter": (((.62, .1, .7, .7, .6), (.65, .1, .8, .7, .62), (.65, .3, 1, .69, .45),
+                 (.65, .1, .7, .69, .6), (.65, .1, .5, .68, .6)),
+                ((.65, .3, 4, .69, .6), (.65, .3, 3, .68, .8), (.65, .3, 2, .68, .9),
+                 (.65, .3, 1, .65, 1.5), (.67, .4, 1, .65, 1.5))),
     # a, b: HSV saturation s -> a s + b
     "saturate": (((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)),
                  ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2))),
@@ -163,8 +167,7 @@ def corrupted(x: Tensor, corruption: str, severity: int, each) -> Tensor:
         case "motion_blur":
             x = motion_blur(x, *p, uniform(lo=-45, hi=45))
         case "zoom_blur":
-            end, step = p
-            zooms = [1 + k * step for k in range(math.ceil((end - 1) / step - 1e-6))]
+            zooms = np.arange(1, *p).tolist()  # rounding lets some of them reach their end: as published
             x = (x + sum(zoom(x, z) for z in zooms)) / (len(zooms) + 1)
         case "snow":
             loc, scale, z, threshold, radius, sigma, keep = p
@@ -175,7 +178,8 @@ def corrupted(x: Tensor, corruption: str, severity: int, each) -> Tensor:
             x = keep * x + (1 - keep) * torch.maximum(x, 1.5 * grey(x) + 0.5)
             x = x + flakes + flakes.rot90(2, (2, 3))
         case "frost":
-            x = p[0] * x + p[1] * ice(uniform(3, side_of_2(S), side_of_2(S)), S)
+            level = uniform(1, 1, lo=0.05, hi=0.5)
+            x = p[0] * x + p[1] * ice(uniform(3, side_of_2(S), side_of_2(S)), level, S)
         case "fog":
             c, decay = p
             top = x.amax((1, 2, 3), keepdim=True)
@@ -184,7 +188,9 @@ def corrupted(x: Tensor, corruption: str, severity: int, each) -> Tensor:
             fog = plasma(uniform(side_of_2(S), side_of_2(S), lo=-1), decay**2)[:, None, :S, :S]
             x = (x + c * fog) * top / (top + c)
         case "spatter":
-            x = spatter(x, *p, mud=severity > 3, noise=normal(S, S))
+            mean, sd, sigma, threshold, edge = p
+            liquid = gaussian_blur(mean + sd * normal(1, S, S), sigma)
+            x = spatter(x, liquid, threshold, edge, mud=severity > 3)
         case "brightness":
             # Scaling RGB moves HSV value and nothing else; black has no hue: it becomes grey.
             value = x.amax(1, keepdim=True)
@@ -219,10 +225,18 @@ def grey(x: Tensor) -> Tensor:
 
 
 def zoom(x: Tensor, z: float) -> Tensor:
-    """Magnify by z >= 1 around the centre, bilinear.  (B, C, S, S) -> (B, C, S, S)."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as v2
-    return x if z == 1 else v2.affine(x, 0, [0, 0], z, [0, 0], InterpolationMode.BILINEAR)
+    """Magnify the middle by z >= 1, bilinear.  (B, C, S, S) -> (B, C, S, S).
+
+    The middle ceil(S / z) pixels become round(z ceil(S / z)), corner on corner, of which S are kept.
+    As in published code (scipy.ndimage.zoom), and up to a pixel off the centre, as there.
+    """
+    S = x.shape[-1]
+    inner = math.ceil(S / z)
+    outer = round(inner * z)
+    line = torch.arange(S, dtype=torch.double)
+    at = (S - inner) // 2 + ((outer - S) // 2 + line) * (inner - 1) / (outer - 1)
+    A = (1 - (at[:, None] - line).abs()).clamp_min(0).to(x)
+    return A @ x @ A.T
 
 
 def side_of_2(S: int) -> int:
@@ -282,28 +296,26 @@ def motion_blur(x: Tensor, radius: int, sigma: float, degrees: Tensor) -> Tensor
 
 
 def shuffle_locally(x: Tensor, reach: int, rounds: int, u: Tensor) -> Tensor:
-    """`rounds` times, each pixel changes places with a random one at most `reach` px away.
+    """`rounds` times, each pixel takes the value of a random one, -reach to reach - 1 px away.
 
-    x (B, C, S, S), u (B, rounds, 2, S, S) uniform -> (B, C, S, S). Pixels that are 2 reach + 1 apart
-    cannot touch each other's neighbours, so they swap at the same time: real swaps, as in the published
-    code, which however goes through the image pixel by pixel, from the last to the first.
+    x (B, C, S, S), u (B, rounds, 2, S, S) uniform -> (B, C, S, S). Published code sets out to swap two
+    pixels; its right-hand side is two views, so that one is copied over the other. It goes from the last
+    pixel to the first: what a pixel takes from one behind it, that one has taken before. Following such
+    chains, twice as far in each turn, gives the same image.
     """
     B, C, S, _ = x.shape
-    step = 2 * reach + 1
     pixel = torch.arange(S * S, device=x.device).view(S, S)
-    at = pixel.flatten().repeat(B, 1)  # which pixel of x stands here
-    move = (u * step).long().clamp_max(step - 1) - reach
-    partner = pixel + S * move[:, :, 0] + move[:, :, 1]  # (B, rounds, S, S)
-    for n in range(rounds):
-        for top in range(reach, 3 * reach + 1):
-            for left in range(reach, 3 * reach + 1):
-                rows, cols = slice(top, S - reach, step), slice(left, S - reach, step)
-                here = pixel[rows, cols].flatten()
-                there = partner[:, n, rows, cols].flatten(1)
-                moved = at.gather(1, there)
-                at.scatter_(1, there, at[:, here])
-                at[:, here] = moved
-    return x.flatten(2).gather(2, at[:, None].expand(B, C, -1)).view_as(x)
+    move = (u * 2 * reach).long().clamp_max(2 * reach - 1) - reach
+    source = pixel.repeat(B, rounds, 1, 1)  # the border keeps its values
+    inner = (..., slice(reach + 1, S - reach + 1), slice(reach + 1, S - reach + 1))
+    source[inner] += (S * move[:, :, 0] + move[:, :, 1])[inner]
+    x = x.flatten(2)
+    for at in source.flatten(2).unbind(1):  # (B, S S)
+        ends = at <= pixel.flatten()  # at one before it, which is still as it was
+        while not ends.all():
+            at, ends = torch.where(ends, at, at.gather(1, at)), ends | ends.gather(1, at)
+        x = x.gather(2, at[:, None].expand(B, C, -1))
+    return x.view(B, C, S, S)
 
 
 def plasma(u: Tensor, decay: float) -> Tensor:
@@ -328,35 +340,33 @@ def plasma(u: Tensor, decay: float) -> Tensor:
     return (z - lo) / (hi - lo)
 
 
-def ice(u: Tensor, S: int) -> Tensor:
+def ice(u: Tensor, level: Tensor, S: int) -> Tensor:
     """Frost on a pane, ours: the published set blends in photographs, which we do not ship.
 
-    u (B, 3, N, N) uniform -> (B, 3, S, S) in [0, 1]. Ferns are level lines of two rough plasmas, S / 32
-    each; they grow where a smooth plasma cloud is bright.
+    u (B, 3, N, N) uniform, level (B, 1, 1), of the ice between the ferns -> (B, 3, S, S) in [0, 1].
+    Ferns are level lines of two rough plasmas, S / 32 each; they grow where a smooth cloud is bright.
     """
     cloud = plasma(2 * u[:, 0] - 1, 2.2)
     rough = [plasma(2 * u[:, k] - 1, 1.75) for k in (1, 2)]
     ferns = [(1 - (S / 16 * z % 2 - 1).abs()) ** 3 for z in rough]  # 1 on a level line, thin
-    frost = (0.15 + 0.5 * cloud + 0.8 * cloud * torch.maximum(*ferns)).clamp(0, 1)
+    frost = (level + 0.5 * cloud + 0.8 * cloud * torch.maximum(*ferns)).clamp(0, 1)
     return frost[:, None, :S, :S] * torch.tensor([0.86, 0.94, 1.0], device=u.device).view(3, 1, 1)
 
 
-def spatter(x: Tensor, size: float, share: float, opacity: float, mud: bool, noise: Tensor) -> Tensor:
-    """Drops of water or mud, ours: where smooth noise exceeds a threshold, on `share` of the image.
+def spatter(x: Tensor, liquid: Tensor, threshold: float, p: float, mud: bool) -> Tensor:
+    """Drops of mud, which hide what is below, or of water, which lighten it.
 
-    (B, 3, S, S), size in image sides, noise (B, S, S) normal -> (B, 3, S, S). Mud hides what is below,
-    water lightens it.
+    (B, 3, S, S), liquid (B, 1, S, S) smooth noise -> (B, 3, S, S). Mud as published. Water is ours: it
+    grows with the depth of a drop; published code takes the distance to the edges that Canny finds.
     """
-    size = size * x.shape[-1]
-    # two scales: drops of many sizes, in groups
-    smooth = gaussian_blur(noise, size) + 2 * gaussian_blur(noise, 3 * size)
-    smooth = (smooth - smooth.mean((1, 2), keepdim=True)) / smooth.std((1, 2), keepdim=True)
-    threshold = math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 * share)).item()
-    depth = smooth - threshold  # in standard deviations, > 0 inside drops
-    rgb = [0.40, 0.26, 0.13] if mud else [0.69, 0.93, 0.93]
-    colour = torch.tensor(rgb, device=x.device).view(3, 1, 1)
-    alpha = opacity * (depth[:, None] / 0.3).clamp(0, 1)  # the last 0.3 sd are a soft rim
-    return x * (1 - alpha) + alpha * colour
+    rgb = [63, 42, 20] if mud else [175, 238, 238]
+    colour = torch.tensor(rgb, device=x.device).view(3, 1, 1) / 255
+    if mud:
+        m = gaussian_blur((liquid > threshold).float(), p)
+        m = torch.where(m < 0.8, 0, m)
+        return x * (1 - m) + m * colour
+    depth = (liquid - threshold).clamp_min(0)
+    return x + p * depth / depth.amax((1, 2, 3), keepdim=True).clamp_min(1e-6) * colour
 
 
 def saturate(x: Tensor, a: float, b: float) -> Tensor:
