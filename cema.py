@@ -103,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--foundation-weights", help="its checkpoint; None: as for --weights")
     a("--dataset", default="fashion", help="fashion, cifar10, cifar100, imagenet, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar, imagenet, and the folders of --stream lie")
+    a("--size", type=number(int, 8), help="px at which a folder is read; None: 32, 64 or 224, as fits")
     a("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="rows, over the same stream")
     a("--recipe", default="paper", choices=list(RECIPES), help="other flags still win")
     a = p.add_argument_group("stream").add_argument

@@ -365,13 +365,13 @@ NORMS = {
 }
 
 
-def load_data(dataset: str, data_dir: str = "data") -> Data:
+def load_data(dataset: str, data_dir: str = "data", size: int | None = None) -> Data:
     """A data set by its name, a folder or a .npz, see tools/data.py. InputError: it cannot be read."""
     try:
         from tools import data
     except ImportError:
         raise InputError("no tools/data.py, which reads images: copy tools/ along") from None
-    return data.load(dataset, data_dir)
+    return data.load(dataset, data_dir, size)
 
 
 def labels_of(split) -> Tensor:
@@ -554,7 +554,8 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
     model, about = load_network(file, arch, C)
     same_classes(model, about.get("classes", data.classes), data, file)
     if about.get("size", data.size) != data.size:
-        raise InputError(f"{file}: was trained on {about['size']} px images, these have {data.size} px")
+        raise InputError(f"{file}: was trained on {about['size']} px images, these have {data.size} px"
+                         f"; a folder is read at any: --size {about['size']}")
     shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
     record = f", {about['acc_pct']:.2f} % by its own record" if "acc_pct" in about else ""
     data = data._replace(mean=about.get("mean", data.mean), std=about.get("std", data.std))
@@ -688,8 +689,9 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy_pct(model: nn.Module, data: Data, split, device, batch_size: int = 250) -> float:
+def accuracy_pct(model: nn.Module, data: Data, split, device, batch_size: int | None = None) -> float:
     """Top-1 in percent over a whole split, in eval mode and fp32 (no TF32)."""
+    batch_size = batch_size or (250 if data.size <= 64 else 50)
     torch.backends.cudnn.allow_tf32 = False
     training, hits, total = [m for m in model.modules() if m.training], 0, 0
     model.eval()
@@ -789,7 +791,9 @@ class Progress:
     def __init__(self, first: int, total: int, every_s: float = 15.0):
         self.first, self.total, self.every_s = first, total, every_s
         self.t0 = self.last = time.time()
-        self.bar = tqdm(initial=first, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
+        self.bar = tqdm(initial=first, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True,
+                        bar_format=form)
 
     def __iter__(self) -> Iterator[int]:
         for self.i in range(self.first, self.total):

@@ -63,6 +63,7 @@ Departures from paper and published code, with the flag that goes back. --recipe
 """
 
 import argparse
+import copy
 import inspect
 import math
 import operator
@@ -104,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--arch", default="resnet20", help="resnet20/32/44/56, resnet20x2, or torchvision's with BN")
     a("--dataset", default="fashion", help="fashion, cifar10, cifar100, imagenet, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar and imagenet lie, or are downloaded to")
+    a("--size", type=number(int, 8), help="px at which a folder is read; None: 32, 64 or 224, as fits")
     a("--weights", help="checkpoint; None: weights/<dataset>_<arch>.pt, or torchvision's for imagenet")
     a("--method", default="gdfq", choices=["gdfq", "finetune-real"], help="real images: a bound")
     a("--wbits", type=bits, default=4, help="bits of a weight, 2 to 8")
@@ -621,6 +623,24 @@ def save_grid(method: GDFQ, data: common.Data, path: Path, per_class: int = 10) 
     picture.save(path)
 
 
+def estimate_s(method: GDFQ, data: common.Data) -> float:
+    """Seconds of a whole run, by one step of each network; the method is then as it was before."""
+    hp, before, took = method.hp, copy.deepcopy(common.state_of(method)), []
+    x = torch.zeros(50, 3, data.size, data.size, device=method.device)
+    with torch.no_grad():
+        images, labels = method.sample()
+        logits = method.teacher(images)
+    for run in (method.generator_step, lambda: method.student_step(images, labels, logits),
+                lambda: method.teacher(x).sum().item()):
+        t0 = time.time()
+        run()
+        took.append(time.time() - t0)
+    common.restored(method, before)
+    evaluations = took[2] * len(data.test) / 50 * 5
+    student = hp.student_steps * (method.iterations - method.warmup) + hp.calibration_batches
+    return took[0] * method.iterations + took[1] * student + evaluations
+
+
 def print_table(title: str, results: dict, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
     """Rows: what was done. Columns: top-1, its drop from full precision in points, the size."""
     kept = f"PTQ, {args.percentile:g} % of"
@@ -647,10 +667,21 @@ def real_batches(data: common.Data, args: argparse.Namespace, rng: torch.Generat
             yield common.to_input(x, data.mean, data.std, device), y.to(device)
 
 
+def untrained(model: nn.Module, size: int, args, device) -> Iterator[tuple[str, nn.Module]]:
+    """The do-nothing row, the paper's quantizer with ranges from noise; then one that clips them."""
+    g = torch.Generator().manual_seed(args.seed)
+    n = 256 if size <= 64 else args.batch_size  # which fits, or G would not
+    noise = torch.randn(n, 3, size, size, generator=g).to(device)
+    for name, percentile in {"noise": 100.0, "noise_clipped": args.percentile}.items():
+        if name == "noise" or percentile < 100:
+            bits = args.wbits, args.abits, args.first_last_bits
+            yield f"acc_ptq_{name}_pct", quantize(model, noise, *bits, percentile)
+
+
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
-    data, real = common.load_data(args.dataset, args.data_dir), args.method == "finetune-real"
+    data, real = common.load_data(args.dataset, args.data_dir, args.size), args.method == "finetune-real"
     C, kind = len(data.classes), ("" if args.recipe == "fast" else f"_{args.recipe}") + "_real" * real
     name = f"{data.name}_{args.arch}_w{args.wbits}a{args.abits}{kind}"
     told = "dataset arch wbits abits recipe method seed"
@@ -679,25 +710,24 @@ def main(args: argparse.Namespace) -> None:
     log.start(args, device)
 
     def evaluate(network: nn.Module, name: str) -> None:
+        print(f"{name} ", end="", flush=True)
         results[name] = common.accuracy_pct(network, data, data.test, device)
         log.write("eval", iteration=method.iteration, wall_s=log.seconds(), **{name: results[name]})
-        print(f"{name} {results[name]:.2f}, {len(data.test)} images; {log.seconds():.0f} s", flush=True)
+        print(f"{results[name]:.2f}, {len(data.test)} images; {log.seconds():.0f} s", flush=True)
 
     if not state:
-        evaluate(model, "acc_fp_pct")
-        # The do-nothing row is the paper's quantizer with ranges from noise; the next one clips them.
-        g = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(256, 3, data.size, data.size, generator=g).to(device)
-        for name, percentile in {"noise": 100.0, "noise_clipped": args.percentile}.items():
-            if name == "noise" or percentile < 100:
-                q = quantize(model, noise, args.wbits, args.abits, args.first_last_bits, percentile)
-                evaluate(q, f"acc_ptq_{name}_pct")
         if not real:
+            print(f"about {estimate_s(method, data) / 60:.1f} minutes, by a first step", flush=True)
             log.write("bn_gap", iteration=0, gap=bn_gap(method))
+        evaluate(model, "acc_fp_pct")
+        for name, q in untrained(model, data.size, args, device):
+            evaluate(q, name)
 
     mean, images, t0 = {}, 0, time.time()
     bar = common.Progress(method.iteration, method.iterations)
     for i in bar:
+        if i + 1 == method.warmup:
+            print(f"calibrating: ranges of {args.calibration_batches} generated batches", flush=True)
         stats = method.step(stream)
         images += args.batch_size * (1 if i < method.warmup else args.student_steps)
         mean = {k: 0.95 * mean.get(k, v) + 0.05 * v for k, v in stats.items()}

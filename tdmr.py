@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--target", default="resnet8", help="S, trained from scratch: resnet8, ... or a torchvision name")
     a("--dataset", default="fashion", help="fashion, fashion-mnist, cifar10, cifar100, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar lies, or is downloaded to")
+    a("--size", type=number(int, 8), help="px at which a folder is read; None: 32, 64 or 224, as fits")
     a("--shots", type=count, default=20, help="labelled images a class")
     a("--fraction", type=share, help="labelled share of the train images, in place of --shots")
     a("--unlabelled", type=whole, default=4000, help="further train images, without labels, at most")
@@ -723,7 +724,7 @@ def take(split, index: Tensor) -> Tensor:
     if isinstance(split, torch.utils.data.TensorDataset):
         return split.tensors[0][index]
     images = [split[i][0] for i in index.tolist()]
-    return torch.stack(images) if images else torch.zeros(0, 3, 224, 224, dtype=torch.uint8)
+    return torch.stack(images) if images else torch.zeros(0, 3, split.size, split.size).byte()
 
 
 def size_of(net: nn.Module) -> int:
@@ -733,7 +734,7 @@ def size_of(net: nn.Module) -> int:
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
-    data = common.load_data(args.dataset, args.data_dir)
+    data = common.load_data(args.dataset, args.data_dir, args.size)
     if data.train is None:
         raise InputError(f"--dataset {args.dataset}: has no train images; expected train/ beside val/")
     if len(set(args.seeds)) < len(args.seeds):

@@ -110,7 +110,7 @@ def test_an_image_folder_loads(tmp_path):
     assert data.classes == ["ant", "bee"] and data.mean == common.IMAGENET_NORM[0]
     assert x.shape == (2, 3, 224, 224) and x.dtype == torch.uint8 and y.tolist() == [0, 1]
     assert common.labels_of(data.train).tolist() == [0, 1]
-    as_it_is = ImageFolder(tmp_path / "val", resize=None)[0][0]
+    as_it_is = ImageFolder(tmp_path / "val", 224, resize=False)[0][0]
     assert np.array_equal(as_it_is.permute(1, 2, 0), picture[8:232, 3:227])
 
 
@@ -130,7 +130,25 @@ def test_only_images_count_as_images(tmp_path):
     (tmp_path / "ant/notes.txt").write_text("no image")
     folder = ImageFolder(tmp_path)
     assert folder.classes == ["ant", "bee"] and folder.targets == [0, 0, 0, 1]
-    assert all((x == 200).all() and x.shape == (3, 224, 224) for x, _ in folder)
+    assert all((x == 200).all() and x.shape == (3, 32, 32) for x, _ in folder)
+
+
+@pytest.mark.parametrize("sides, size", [((20, 48, 300), 32), ((49, 90), 64), ((90, 96, 20), 64),
+                                         ((97, 150), 224)])
+def test_a_folder_is_read_at_a_size_that_fits(tmp_path, sides, size, capsys):
+    """By the median side, printed; --size wins. Fails if small pictures become 224 px, or by the mean."""
+    from PIL import Image
+
+    for n, side in enumerate(sides):
+        for split in ("train", "val"):
+            (tmp_path / split / "ant").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (side, side + 40)).save(tmp_path / f"{split}/ant/{n}.png")
+    data = common.load_data(str(tmp_path))
+    assert data.size == data.train.size == data.test[0][0].shape[1] == size
+    assert f"read at {size} px" in capsys.readouterr().out
+    assert common.load_data(str(tmp_path), size=40).train[0][0].shape == (3, 40, 40)
+    with pytest.raises(InputError, match="fashion: has images of 32 px, not 40"):
+        common.load_data("fashion", size=40)
 
 
 @pytest.mark.parametrize("broken", ["half", "page", "float", "32 bits", "dark"])

@@ -469,16 +469,24 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(go, tmp_path, monkeypatch, c
     """Fails if training goes on with NaN weights, or if the checkpoint is of after it."""
     loss, calls = gdfq.distillation_loss, []
 
-    def fourth_is_nan(*args):
+    def fifth_is_nan(*args):  # the first is that of the estimate
         calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 4 else 1.0)
+        return loss(*args) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(gdfq, "distillation_loss", fourth_is_nan)
+    monkeypatch.setattr(gdfq, "distillation_loss", fifth_is_nan)
     with pytest.raises(SystemExit):
         go("--student-steps 1 --checkpoint-every 1")
     assert "loss_q at iteration 4 is nan, its gradient norm nan; lower --lr\n" in capsys.readouterr().err
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["method"]
     assert state["iteration"] == 4 and all(v.isfinite().all() for v in state["student"].values())
+
+
+def test_the_estimate_leaves_a_run_as_it_was():
+    """Fails if a step of the estimate moves a weight, a statistic or a random number."""
+    one, other = quick(), quick()
+    assert gdfq.estimate_s(one, common.load_data("fashion")._replace(size=16)) > 0
+    for _ in range(4):
+        assert one.step() == other.step()
 
 
 def test_fine_tuning_on_real_images_runs_in_the_same_table(go, capsys, monkeypatch):

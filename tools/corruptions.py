@@ -1,10 +1,10 @@
 """The corruptions of ImageNet-C and CIFAR-10-C, made on the fly: 15, and 4 more to tune on.
 
 Source: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations", ICLR 2019, arXiv 1903.12261. Definitions and parameters are the published ones, and so are
-the strengths (table in results/cema.md). Random numbers, frost and the water of spatter are ours, and the
-published files were cut to whole bytes and, for ImageNet-C, stored as JPEG of quality 85: results are NOT
-comparable with numbers from those files.
+Perturbations", ICLR 2019, arXiv 1903.12261. Definitions and parameters are the published ones, and the
+strengths agree (table in results/cema.md). Random numbers, frost and the water of spatter are ours. The
+published files were cut to whole bytes and, for ImageNet-C, stored as JPEG of quality 85. So results
+are NOT comparable with numbers from those files.
 
     from tools.corruptions import corrupt
     y = corrupt(x, "fog", 5, torch.arange(len(x)))      # x uint8 (B, 3, S, S)
@@ -188,9 +188,7 @@ def corrupted(x: Tensor, corruption: str, severity: int, each) -> Tensor:
             fog = plasma(uniform(side_of_2(S), side_of_2(S), lo=-1), decay**2)[:, None, :S, :S]
             x = (x + c * fog) * top / (top + c)
         case "spatter":
-            mean, sd, sigma, threshold, edge = p
-            liquid = gaussian_blur(mean + sd * normal(1, S, S), sigma)
-            x = spatter(x, liquid, threshold, edge, mud=severity > 3)
+            x = spatter(x, normal(1, S, S), *p, mud=severity > 3)
         case "brightness":
             # Scaling RGB moves HSV value and nothing else; black has no hue: it becomes grey.
             value = x.amax(1, keepdim=True)
@@ -353,12 +351,14 @@ def ice(u: Tensor, level: Tensor, S: int) -> Tensor:
     return frost[:, None, :S, :S] * torch.tensor([0.86, 0.94, 1.0], device=u.device).view(3, 1, 1)
 
 
-def spatter(x: Tensor, liquid: Tensor, threshold: float, p: float, mud: bool) -> Tensor:
+def spatter(x: Tensor, noise: Tensor, mean: float, sd: float, sigma: float, threshold: float, p: float,
+            mud: bool) -> Tensor:
     """Drops of mud, which hide what is below, or of water, which lighten it.
 
-    (B, 3, S, S), liquid (B, 1, S, S) smooth noise -> (B, 3, S, S). Mud as published. Water is ours: it
-    grows with the depth of a drop; published code takes the distance to the edges that Canny finds.
+    (B, 3, S, S), noise (B, 1, S, S) normal -> (B, 3, S, S). Mud as published. Water is ours: it grows
+    with the depth of a drop; published code takes the distance to the edges that Canny finds.
     """
+    liquid = gaussian_blur(mean + sd * noise, sigma)
     rgb = [63, 42, 20] if mud else [175, 238, 238]
     colour = torch.tensor(rgb, device=x.device).view(3, 1, 1) / 255
     if mud:

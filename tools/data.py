@@ -21,19 +21,22 @@ from common import Data, InputError
 DATASETS = ("fashion", "fashion-mnist", "cifar10", "cifar100", "imagenet")
 
 
-def load(dataset: str, data_dir: str = "data") -> Data:
+def load(dataset: str, data_dir: str = "data", size: int | None = None) -> Data:
     """A data set by name or path. Raises InputError for anything that cannot be read.
 
     fashion        5,000 train and 10,000 test images of Fashion-MNIST, embedded in this repository
     fashion-mnist  all 70,000, through torchvision (downloaded into data_dir when absent)
     cifar10/100    data_dir/cifar10.npz if it is there (MedMNIST keys), else torchvision's, downloaded
-    imagenet       data_dir/val/<wnid>/*.JPEG, and data_dir/train if it is there; resize 256, crop 224
-    a folder       an ImageFolder tree, treated like imagenet
+    imagenet       data_dir/val/<wnid>/*.JPEG, and data_dir/train if it is there, at 224 px
+    a folder       the same tree, at `size` px; None: 32, 64 or 224 px, by the median side of its images
     a .npz file    MedMNIST keys: train_images, train_labels, test_images, test_labels
 
     Grey images get three channels, 28 px images are padded to 32.
     """
-    return check_labels(_load(dataset, data_dir))
+    data = check_labels(_load(dataset, data_dir, size))
+    if data.size != (size or data.size):
+        raise InputError(f"{dataset}: has images of {data.size} px, not {size}; --size is for folders")
+    return data
 
 
 def check_labels(data: Data) -> Data:
@@ -49,7 +52,7 @@ def check_labels(data: Data) -> Data:
     return data
 
 
-def _load(dataset: str, data_dir: str) -> Data:
+def _load(dataset: str, data_dir: str, size: int | None) -> Data:
     path = Path(dataset)
     if dataset == "fashion" and not (common.ROOT / "data" / "fashion_mnist.npz").exists():
         raise InputError("no data/fashion_mnist.npz: copy data/ along, or make it anew with: python "
@@ -62,8 +65,10 @@ def _load(dataset: str, data_dir: str) -> Data:
             return _from_npz(npz, dataset, common.NORMS[dataset])
     if dataset in ("cifar10", "cifar100", "fashion-mnist"):
         return _from_torchvision(dataset, data_dir)
-    if dataset == "imagenet" or path.is_dir():
-        return _from_folder(Path(data_dir) if dataset == "imagenet" else path, dataset)
+    if dataset == "imagenet":
+        return _from_folder(Path(data_dir), dataset, size or 224)
+    if path.is_dir():
+        return _from_folder(path, dataset, size)
     if path.suffix == ".npz":
         return _from_npz(path, path.stem, None)
     near = ", ".join(difflib.get_close_matches(dataset, DATASETS, 2, 0))
@@ -140,17 +145,16 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """root/<class>/**/<image> -> (uint8 (3, 224, 224), the class's number), classes sorted by name.
+    """root/<class>/**/<image> -> (uint8 (3, size, size), the class's number), classes sorted by name.
 
-    Cropped from a side of `resize`. torchvision's takes .cache, __MACOSX and ._x.png for classes and
+    The middle of an image whose shorter side is resized to `size`, or to 8/7 of it above 64 px, as is
+    usual on ImageNet: 256 for 224. torchvision's takes .cache, __MACOSX and ._x.png for classes and
     images, and makes 16-bit images white. Raises InputError, with the file's name, for what no image is.
     """
 
-    def __init__(self, root: Path, resize: int | None = 256):
+    def __init__(self, root: Path, size: int | None = None, resize: bool = True):
         from torchvision.transforms import v2
 
-        steps = [v2.Resize(resize)] if resize else []
-        self.transform = v2.Compose([*steps, v2.CenterCrop(224), v2.PILToTensor()])
         folders = [Path(entry) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
         folders = sorted(f for f in folders if not f.name.startswith(HIDDEN))
         self.classes, self.files, self.targets = [f.name for f in folders], [], []
@@ -167,6 +171,26 @@ class ImageFolder(torch.utils.data.Dataset):
         if not self.files:
             what = "no images in it" if root.is_dir() else "no such folder"
             raise InputError(f"{root}: {what}; expected class folders, <class>/*.jpg or .png, .tif, ...")
+        self.size = size or self.usual_size(root)
+        shorter = self.size if self.size <= 64 else self.size * 8 // 7
+        steps = [v2.Resize(shorter)] if resize else []
+        self.transform = v2.Compose([*steps, v2.CenterCrop(self.size), v2.PILToTensor()])
+
+    def usual_size(self, root: Path) -> int:
+        """32 px for a median side up to 48, 64 px up to 96, else 224, by some 200 images; printed."""
+        from PIL import Image
+
+        sides = []
+        for file in self.files[::len(self.files) // 200 + 1]:
+            try:
+                with Image.open(file) as image:  # reads no pixels
+                    sides.append(min(image.size))
+            except Exception:  # noqa: `__getitem__` will say what is wrong with it
+                continue
+        median = int(np.median(sides)) if sides else 224
+        size = 32 if median <= 48 else 64 if median <= 96 else 224
+        print(f"{root}: sides of {median} px, in the median; read at {size} px (--size)", flush=True)
+        return size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -188,14 +212,14 @@ class ImageFolder(torch.utils.data.Dataset):
             raise InputError(f"{self.files[i]}: not an image that can be read ({e})") from None
 
 
-def _from_folder(root: Path, name: str) -> Data:
+def _from_folder(root: Path, name: str, size: int | None) -> Data:
     val = next((root / d for d in ("val", "test") if (root / d).is_dir()), None)
     if val is None:
         raise InputError(f"{root}: no val/ folder in it; expected val/<class>/*.jpg, and train/ too "
                          "to train on real images")
-    test = ImageFolder(val)
-    train = ImageFolder(root / "train") if (root / "train").is_dir() else None
+    test = ImageFolder(val, size)
+    train = ImageFolder(root / "train", test.size) if (root / "train").is_dir() else None
     if train and train.classes != test.classes:
         other = sorted(set(train.classes) ^ set(test.classes))
         raise InputError(f"{root}: train/ and {val.name}/ differ in their class folders: {other[0]}")
-    return Data(Path(name).name, test.classes, 224, *common.IMAGENET_NORM, train, test)
+    return Data(Path(name).name, test.classes, test.size, *common.IMAGENET_NORM, train, test)

@@ -89,13 +89,12 @@ def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
     q, packed = rebuild(args.file)
     try:
-        data = common.load_data(args.dataset or packed["dataset"], args.data_dir)
+        data = common.load_data(args.dataset or packed["dataset"], args.data_dir, packed["size"])
     except InputError as e:
         raise InputError(f"{e}" + "; --dataset names another" * (args.dataset is None)) from None
-    C, side = len(packed["classes"]), packed["size"]
-    if len(data.classes) != C or data.size != side:
-        raise InputError(f"{args.file}: made for {C} classes of {side} px images; {data.name} has "
-                         f"{len(data.classes)} of {data.size} px")
+    if len(data.classes) != len(packed["classes"]):
+        raise InputError(f"{args.file}: made for {len(packed['classes'])} classes; {data.name} has "
+                         f"{len(data.classes)}")
     common.same_classes(q, packed["classes"], data, args.file)
     print(f"{args.file}: {packed['arch']} W{packed['wbits']}A{packed['abits']} on {data.name}")
     data = data._replace(mean=packed["mean"], std=packed["std"])

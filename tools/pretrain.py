@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--dataset", default="fashion",
       help="fashion, fashion-mnist, cifar10, cifar100, imagenet, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar, imagenet, fashion-mnist lie or are downloaded to")
+    a("--size", type=number(int, 8), help="px at which a folder is read; None: 32, 64 or 224, as fits")
     a("--save", help="file to write; None: weights/<dataset>_<arch>.pt, or data/fashion_mnist.npz")
     a("--init", help="checkpoint of the same --arch and classes to start from; None: random weights")
     a = p.add_argument_group("training").add_argument
@@ -209,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
         return embed(args)
     device = common.pick_device(args.device)
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
-    data = common.load_data(args.dataset, args.data_dir)
+    data = common.load_data(args.dataset, args.data_dir, args.size)
     if data.train is None:
         raise InputError(f"--dataset {args.dataset}: no train/ folder beside val/")
     try:  # a wrong name, size or --init ends here, before anything is written

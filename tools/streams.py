@@ -137,8 +137,10 @@ def end_record(accs: dict[str, dict], counts: dict[str, Counter], images: int) -
 def print_table(end: dict, counts: dict[str, Counter], images: int) -> None:
     """Top-1 in each domain, a column a method; then what each method cost. k: a thousand images."""
     accs = end["per_domain"]
-    means = {"mean": {m: end[f"acc_{m}_pct"] for m in accs}}
-    rows = {name: {m: accs[m][name] for m in accs} for name in accs[next(iter(accs))]} | means
+    mean = {m: end[f"acc_{m}_pct"] for m in accs}
+    rows = {name: {m: accs[m][name] for m in accs} for name in accs[next(iter(accs))]} | {"mean": mean}
+    if "source" in accs:
+        rows["gain over source"] = {m: a - mean["source"] for m, a in mean.items()}
     print(f"\n{'top-1 %':<22}" + "".join(f"{LABELS[m]:>11}" for m in accs))
     for name, row in rows.items():
         print(f"{name:<22}" + "".join(f"{a:>11.2f}" for a in row.values()))
@@ -178,7 +180,7 @@ def load_domains(args: argparse.Namespace) -> tuple[common.Data, list[Domain], l
     """The data (classes, normalisation), the domains, and which classes the stream has (None: all)."""
     root, names, severity = Path(args.data_dir), corruption_names(args.corruptions), args.severity
     if args.stream == "generated":
-        data = common.load_data(args.dataset, args.data_dir)
+        data = common.load_data(args.dataset, args.data_dir, args.size)
         return data, [Domain(f"{n}/{severity}", data.test, n) for n in names], None
     if args.stream == "cifar-c":
         return *load_cifar_c(root, args.dataset, names, severity), None
@@ -189,17 +191,19 @@ def load_domains(args: argparse.Namespace) -> tuple[common.Data, list[Domain], l
             raise InputError(f"{root}: no {missing[0]}/{severity} in it; --stream imagenet-c expects "
                              "corruption/severity/wnid/*.JPEG. Leave it out (--corruptions), or unpack")
         folders = [root / n / str(severity) for n in names]
-        splits = [ImageFolder(folder, resize=None) for folder in folders]
+        splits = [ImageFolder(folder, args.size or 224, resize=False) for folder in folders]
         domains = [Domain(f"{n}/{severity}", split) for n, split in zip(names, splits)]
     else:
-        domains = [Domain(args.stream, ImageFolder(root))]
+        size = args.size or (224 if args.stream == "imagenet-r" else None)
+        domains = [Domain(args.stream, ImageFolder(root, size))]
     classes, keep = domains[0].split.classes, None
     if any(domain.split.classes != classes for domain in domains):
         raise InputError(f"{root}: the corruptions differ in their class folders; unpack them again")
     if args.stream == "imagenet-r":
         keep, classes = kept_classes(classes, args.wnids)
     name = "imagenet" if len(classes) == 1000 else root.name
-    return common.Data(name, classes, 224, *common.IMAGENET_NORM, None, None), domains, keep
+    size = domains[0].split.size
+    return common.Data(name, classes, size, *common.IMAGENET_NORM, None, None), domains, keep
 
 
 def load_cifar_c(root: Path, dataset: str, names: list[str], severity: int) -> tuple:
