@@ -121,10 +121,10 @@ def build_parser() -> argparse.ArgumentParser:
     a = p.add_argument_group("edge").add_argument
     a("--e0", type=positive, default=0.4, help="E_0 / ln C; larger uploads more. Published: 0.4")
     a("--lam", type=positive, default=1.0, help="lambda of E_max; 100 switches it off. Published: 1 [?]")
-    a("--dynamic", action=yes_no, default=True, help="E_max follows the mean entropy")
+    a("--dynamic", action=yes_no, default=True, help="E_max follows the mean entropy; released code: no")
     a("--warmup-batches", type=number(int, 1), default=10, help="before E_max moves; ours [?]")
-    a("--e-min", type=positive, default=0.02, help="E_min / ln C; 0: sure images too. Published: 0.02")
-    a("--d-margin", type=share, default=0.0, help="redundancy filter; published: 0 (off), 0.05")
+    a("--e-min", type=positive, default=0.02, help="E_min / ln C; paper: 0.02; released code: 0, none")
+    a("--d-margin", type=share, default=0.0, help="redundancy filter; paper: 0, released code: 0.05")
     a("--select", default="entropy", choices=["entropy", "random", "all", "none"],
       help="random: as many images of the batch as entropy would choose")
     a("--seed-images", type=number(int, 1), default=64, help="averaged until a download comes")
