@@ -644,16 +644,17 @@ def estimate_s(method: GDFQ, data: common.Data) -> float:
 
 
 def print_table(title: str, results: dict, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
-    """Rows: what was done. Columns: top-1, its drop from full precision in points, the size."""
+    """Rows: what was done. Columns: top-1, its drop in points, what the row added, the size."""
     kept = f"PTQ, {args.percentile:g} % of"
     rows = {"acc_fp_pct": "full precision", "acc_ptq_noise_pct": "PTQ, min and max of noise",
             "acc_ptq_noise_clipped_pct": f"{kept} noise", "acc_ptq_gen_pct": f"{kept} generated images",
             "acc_pct": "GDFQ" if args.method == "gdfq" else "fine-tuned on real images"}
-    print(f"\n{title:<44}top-1 %    drop      kB")
-    for key, label in rows.items():
-        if key in results:
-            drop, kB = results["acc_fp_pct"] - results[key], sizes[key != "acc_fp_pct"] / 1000
-            print(f"{label:<44}{results[key]:>7.2f}{drop:>8.2f}{kB:>8.0f}")
+    above = None
+    print(f"\n{title:<44}top-1 %    drop   added      kB")
+    for key in (key for key in rows if key in results):
+        acc, added = results[key], f"{results[key] - above:+8.2f}" if above else 8 * " "
+        drop, kB, above = results["acc_fp_pct"] - acc, sizes[key != "acc_fp_pct"] / 1000, acc
+        print(f"{rows[key]:<44}{acc:>7.2f}{drop:>8.2f}{added}{kB:>8.0f}")
 
 
 # ===== Run ==========================================================================================
