@@ -11,9 +11,10 @@ from torchvision.transforms.v2 import functional as v2
 
 import common
 from common import InputError
+from tools import streams
 from tools.corruptions import (
-    CORRUPTIONS, HELD_OUT, SEVERITIES, corrupt, corrupted, gaussian_blur, image_streams, motion_blur,
-    shuffle_locally, zoom)
+    CORRUPTIONS, HELD_OUT, OWN, SEVERITIES, corrupt, corrupted, gaussian_blur, image_streams,
+    motion_blur, shuffle_locally, zoom)
 
 # torchvision 0.29 recommends TorchCodec
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
@@ -276,8 +277,8 @@ def test_motion_blur_is_one_sided_and_follows_its_angle():
     assert y.sum().item() == pytest.approx(2, abs=1e-5)
 
 
-@pytest.mark.parametrize("z, inner, outer, trim", [(1.02, 32, 33, 0), (1.25, 26, 32, 0), (3.0, 11, 33, 0),
-                                                   (4.5, 8, 36, 2)])
+@pytest.mark.parametrize("z, inner, outer, trim", [
+    (1.02, 32, 33, 0), (1.25, 26, 32, 0), (3.0, 11, 33, 0), (4.5, 8, 36, 2)])
 def test_zoom_is_scipys_on_the_middle(z, inner, outer, trim):
     """On a ramp: corner on corner, linear between, S from pixel `trim` on; worked out by hand for 32 px.
 
@@ -298,6 +299,14 @@ def test_zoom_blur_takes_the_last_zoom_where_rounding_does():
     seven = [1, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06]
     expected = (x + sum(zoom(x, z) for z in seven)) / 8
     assert torch.allclose(in_floats(SMALL[:4], "zoom_blur", 1), expected, atol=1e-4)
+
+
+def test_one_line_adds_a_corruption(monkeypatch):
+    """Known to --corruptions, kept in range. Fails if a second place has to know its name."""
+    monkeypatch.setitem(OWN, "dusk", lambda x, severity: x * 2 - severity)
+    assert streams.corruption_names(["dusk", "fog"]) == ["dusk", "fog"]
+    assert torch.equal(run(GREY, "dusk", 1), torch.zeros_like(GREY) + 1)
+    assert (run(GREY, "dusk", 2) == 0).all()
 
 
 def test_unknown_names_and_severities_are_input_errors():

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import common
 from common import InputError
-from tools.corruptions import CORRUPTIONS, HELD_OUT, corrupt
+from tools.corruptions import CORRUPTIONS, HELD_OUT, corrupt, known
 from tools.data import ImageFolder, check_labels
 
 ORDERS = ("reset", "lifelong", "mixed", "label-shift")
@@ -170,9 +170,9 @@ def as_seen(x: Tensor, d: Tensor, i: Tensor, domains: list[Domain], severity: in
 def corruption_names(words: list[str]) -> list[str]:
     groups = {"all": CORRUPTIONS, "held-out": HELD_OUT}
     names = list(dict.fromkeys(n for w in words for n in groups.get(w, (w,))))
-    if unknown := [n for n in names if n not in CORRUPTIONS + HELD_OUT]:
+    if unknown := [n for n in names if n not in known()]:
         raise InputError(f"--corruptions {unknown[0]}: unknown; expected all, held-out, or some of "
-                         f"{' '.join(CORRUPTIONS + HELD_OUT)}")
+                         f"{' '.join(known())}")
     return names
 
 
