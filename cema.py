@@ -107,8 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     share, positive, whole = number(float, 0, 1), number(float, 0), number(int, 0)
     yes_no = argparse.BooleanOptionalAction
     a = p.add_argument_group("task").add_argument
-    a("--arch", default="resnet20", help="the edge's network g, or any torchvision one with norm layers")
-    a("--weights", help="its checkpoint; None: weights/<dataset>_<arch>.pt, or torchvision's")
+    a("--arch", default="resnet20", help="the edge's network g: a name, torchvision's, or FILE.py:NAME")
+    a("--weights", help="checkpoint; None: weights/<dataset>_<arch>.pt, or torchvision's; none: its own")
     a("--foundation", default="resnet20x2", help="the cloud's network f")
     a("--foundation-weights", help="its checkpoint; None: as for --weights")
     a("--dataset", default="fashion", help="fashion, cifar10, cifar100, imagenet, a folder, a .npz")
@@ -827,7 +827,7 @@ def main(args: argparse.Namespace) -> None:
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, domains, keep = streams.load_domains(args)
     kind = "" if args.recipe == "paper" else f"_{args.recipe}"
-    name = f"{data.name}_{args.arch}_{args.order}{kind}"
+    name = f"{data.name}_{common.short_name(args.arch)}_{args.order}{kind}"
     usual, told = parse(["--recipe", args.recipe]), "dataset arch order recipe seed"
     out = Path(args.out or common.default_out("cema", name, args, usual, told))
     common.check_out(out, args)

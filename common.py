@@ -17,6 +17,8 @@ import argparse
 import copy
 import difflib
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -320,10 +322,14 @@ CIFAR_ARCH = re.compile(r"resnet(8|14|20|32|44|56|110)(?:x([1-9]\d*))?")
 
 
 def build_model(arch: str, num_classes: int, weights: str = "", flag: str = "--arch") -> nn.Module:
-    """A classifier by name: `resnet20`, `resnet20x2` (twice as wide), or any torchvision classifier.
+    """A classifier by name: `resnet20`, `resnet20x2` (twice as wide), any torchvision one, or yours.
 
-    `weights="DEFAULT"` loads torchvision's own. Raises InputError, naming the flag, where there is none.
+    `weights="DEFAULT"` loads torchvision's own. Yours is FILE.py:NAME or package.module:NAME, a function
+    of num_classes, or of nothing, that returns an nn.Module, whose attributes size, mean and std, if it
+    has them, say which images it expects. Raises InputError, naming the flag, where there is none.
     """
+    if ":" in arch:
+        return own_network(arch, num_classes, flag)
     if m := CIFAR_ARCH.fullmatch(arch):
         return CifarResNet(int(m[1]), num_classes, int(m[2] or 1))
     import torchvision  # late: half a second that --help need not pay
@@ -340,6 +346,35 @@ def build_model(arch: str, num_classes: int, weights: str = "", flag: str = "--a
         return torchvision.models.get_model(arch, weights=weights)
     except Exception as e:  # URLError, a proxy's answer, a full disk
         raise InputError(f"torchvision's weights for {arch} cannot be had ({e}); name a file") from None
+
+
+def own_network(arch: str, num_classes: int, flag: str) -> nn.Module:
+    """build_model for FILE.py:NAME and package.module:NAME. The file is run."""
+    where, _, name = arch.rpartition(":")
+    is_file = where.endswith(".py")
+    sys.path.insert(0, str(Path(where).resolve().parent if is_file else Path.cwd()))  # what it imports
+    try:
+        if is_file:  # by its path: another module may have its name
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        else:
+            module = importlib.import_module(where)
+        make = getattr(module, name)
+        net = make(num_classes) if inspect.signature(make).parameters else make()
+    except Exception as e:  # no such file, or whatever its code can raise
+        why = " ".join(str(e).split())[:200]
+        raise InputError(f"{flag} {arch}: {type(e).__name__}: {why}") from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(net, nn.Module):
+        raise InputError(f"{flag} {arch}: gives a {type(net).__name__}; expected an nn.Module")
+    return net
+
+
+def short_name(arch: str) -> str:
+    """What a file or folder calls a network: my_net.py:make_net is my_net-make_net."""
+    where, _, name = arch.rpartition(":")
+    return f"{Path(where).stem}-{name}" if where else arch
 
 
 # ===== Data ==========================================================================================
@@ -491,6 +526,8 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
     if not (arch or "arch" in about) or about.get("arch", arch) != (arch or about["arch"]):
         holds = about.get("arch", "network without a name")
         raise InputError(f"{file}: {flag} is {arch}, and the file holds a {holds}")
+    if arch is None and ":" in about["arch"]:  # a file of weights does not choose what code is run
+        raise InputError(f"{file}: holds a {about['arch']}; repeat that behind {flag}")
     arch = about.get("arch", arch)
     model = build_model(arch, known, flag=flag)
     # DataParallel writes module. before each key, torch.compile _orig_mod., others net. or model.
@@ -532,18 +569,24 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
                  device: torch.device) -> tuple[nn.Module, Data, str]:
     """The full-precision network, the data with the network's normalisation, and a line on its origin.
 
-    In this order: `weights` if given; weights/<data>_<arch>.pt; torchvision's DEFAULT for imagenet; for
-    the embedded data a short pretraining on its 5,000 train images, kept as weights/<data>_<arch>.pt.
+    In this order: `weights` if given, "none" for a network of yours that has its own;
+    weights/<data>_<arch>.pt; torchvision's DEFAULT for imagenet; for the embedded data a short
+    pretraining on its 5,000 train images, kept as weights/<data>_<arch>.pt.
     """
-    C, shipped = len(data.classes), ROOT / "weights" / f"{data.name}_{arch}.pt"
+    C, shipped = len(data.classes), ROOT / "weights" / f"{data.name}_{short_name(arch)}.pt"
+    if weights == "none":
+        if ":" not in arch:
+            raise InputError(f"--weights none: {arch} has none of its own; only a FILE.py:NAME may")
+        return (*as_it_says(build_model(arch, C).eval(), {}, data, arch), f"{arch}: its own weights")
     file = Path(weights) if weights else shipped
     if not file.exists() and not weights:
         if dataset == "imagenet" and C == 1000 and not CIFAR_ARCH.fullmatch(arch):
             return build_model(arch, C, "DEFAULT").eval(), data, f"{arch}: torchvision's DEFAULT weights"
-        if dataset != "fashion":
+        if dataset != "fashion" or ":" in arch:
+            none = ", or none, where the network has its own" * (":" in arch)
             make = f"; make it with: python tools/pretrain.py --arch {arch} --dataset {dataset}"
             raise InputError(f"no weights for {arch} on {data.name}: expected weights/{shipped.name} or "
-                             f"a file named by a flag{make * (data.train is not None)}")
+                             f"a file named by a flag{none}{make * (data.train is not None)}")
         try:
             from tools import pretrain
         except ImportError:
@@ -553,13 +596,19 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
         pretrain.short(arch, data, shipped, device)
     model, about = load_network(file, arch, C)
     same_classes(model, about.get("classes", data.classes), data, file)
-    if about.get("size", data.size) != data.size:
-        raise InputError(f"{file}: was trained on {about['size']} px images, these have {data.size} px"
-                         f"; a folder is read at any: --size {about['size']}")
+    model, data = as_it_says(model, about, data, file)
     shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
     record = f", {about['acc_pct']:.2f} % by its own record" if "acc_pct" in about else ""
-    data = data._replace(mean=about.get("mean", data.mean), std=about.get("std", data.std))
     return model, data, f"{arch}: {shown}{record}"
+
+
+def as_it_says(model: nn.Module, about: dict, data: Data, file) -> tuple[nn.Module, Data]:
+    """The data with the normalisation that a file, or a network of yours, says. InputError: other px."""
+    says = {k: about.get(k, getattr(model, k, getattr(data, k))) for k in ("size", "mean", "std")}
+    if says["size"] != data.size:
+        raise InputError(f"{file}: is for images of {says['size']} px, these have {data.size} px; a "
+                         f"folder is read at any: --size {says['size']}")
+    return model, data._replace(**says)
 
 
 # ===== BatchNorm and entropy =========================================================================

@@ -104,11 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     share, positive, bits = number(float, 0, 1), number(float, 0), number(int, 2, 8)
     yes_no = argparse.BooleanOptionalAction
     a = p.add_argument_group("task").add_argument
-    a("--arch", default="resnet20", help="resnet20/32/44/56, resnet20x2, or torchvision's with BN")
+    a("--arch", default="resnet20", help="resnet20/32/44/56, resnet20x2, torchvision's, or FILE.py:NAME")
     a("--dataset", default="fashion", help="fashion, cifar10, cifar100, imagenet, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar and imagenet lie, or are downloaded to")
     a("--size", type=number(int, 8), help="px at which a folder is read; None: 32, 64 or 224, as fits")
-    a("--weights", help="checkpoint; None: weights/<dataset>_<arch>.pt, or torchvision's for imagenet")
+    a("--weights", help="checkpoint; None: weights/<dataset>_<arch>.pt, or torchvision's; none: its own")
     a("--method", default="gdfq", choices=["gdfq", "finetune-real"], help="real images: a bound")
     a("--wbits", type=bits, default=4, help="bits of a weight, 2 to 8")
     a("--abits", type=bits, default=4, help="bits of an activation, 2 to 8")
@@ -686,7 +686,7 @@ def main(args: argparse.Namespace) -> None:
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, real = common.load_data(args.dataset, args.data_dir, args.size), args.method == "finetune-real"
     C, kind = len(data.classes), ("" if args.recipe == "fast" else f"_{args.recipe}") + "_real" * real
-    name = f"{data.name}_{args.arch}_w{args.wbits}a{args.abits}{kind}"
+    name = f"{data.name}_{common.short_name(args.arch)}_w{args.wbits}a{args.abits}{kind}"
     told = "dataset arch wbits abits recipe method seed"
     usual = parse(["--recipe", args.recipe, "--abits", f"{args.abits}"])
     out = Path(args.out or common.default_out("gdfq", name, args, usual, told))
@@ -773,7 +773,7 @@ def finish(method: GDFQ, model: nn.Module, data: common.Data, args, results: dic
     log.write("end", **results, size_fp_bytes=sizes[0], size_packed_bytes=sizes[1], wall_s=log.seconds(),
               peak_mib=common.peak_mib())
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    title = f"{args.arch} on {data.name}, W{args.wbits}A{args.abits}, last state"
+    title = f"{common.short_name(args.arch)} on {data.name}, W{args.wbits}A{args.abits}, last state"
     print_table(title, results, args, sizes)
     made = "log.jsonl, quantized.pt" + ("" if args.method == "finetune-real" else ", generated.png")
     if results["acc_pct"] < results.get("acc_ptq_gen_pct", 0.0):

@@ -89,10 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     share, positive = number(float, 0, 1), number(float, 0)
     whole, count = number(int, 0), number(int, 1)
     a = p.add_argument_group("task").add_argument
-    a("--foundation", help="F by name; None: that of --foundation-weights, or resnet20x2")
+    a("--foundation", help="F: a name or FILE.py:NAME; None: as the weights say, or resnet20x2")
     a("--foundation-data", default="cifar100", help="picks weights/<data>_<foundation>.pt")
-    a("--foundation-weights", metavar="FILE", help="a checkpoint, or a state_dict of --foundation")
-    a("--target", default="resnet8", help="S, trained from scratch: resnet8, ... or a torchvision name")
+    a("--foundation-weights", metavar="FILE", help="checkpoint or state_dict of F; none: its own")
+    a("--target", default="resnet8", help="S, from scratch: resnet8, torchvision's, or FILE.py:NAME")
     a("--dataset", default="fashion", help="fashion, fashion-mnist, cifar10, cifar100, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar lies, or is downloaded to")
     a("--size", type=number(int, 8), help="px at which a folder is read; None: 32, 64 or 224, as fits")
@@ -694,9 +694,12 @@ TEACHERS = {"scratch": (None, None), "kd": (None, "probe"), "fitnet": ("probe", 
 def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundation:
     """A given file, else weights/<data>_<arch>.pt, else torchvision's weights. Or InputError."""
     arch, about = args.foundation or "resnet20x2", {}
-    shipped = common.ROOT / "weights" / f"{args.foundation_data}_{arch}.pt"
+    shipped = common.ROOT / "weights" / f"{args.foundation_data}_{common.short_name(arch)}.pt"
     file = Path(args.foundation_weights or shipped)
-    if args.foundation_weights or file.exists():
+    if args.foundation_weights == "none" and ":" in arch:
+        model = common.build_model(arch, 1000, flag="--foundation").eval()
+        about = {k: getattr(model, k) for k in ("size", "mean", "std") if hasattr(model, k)}
+    elif args.foundation_weights or file.exists():
         model, about = common.load_network(file, args.foundation, flag="--foundation")
     elif common.CIFAR_ARCH.fullmatch(arch):
         raise InputError(f"no weights for {arch} on {args.foundation_data}: expected weights/{file.name}"
@@ -741,7 +744,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: one seed is named twice")
     methods = [m for m in METHODS if m in args.methods or "all" in args.methods]
     shots = f"{args.shots}" if args.fraction is None else f"{args.fraction:g}"
-    name = f"{data.name}_{args.target}_{shots}_{args.unlabelled}"
+    name = f"{data.name}_{common.short_name(args.target)}_{shots}_{args.unlabelled}"
     told = "dataset target shots fraction unlabelled"
     out = Path(args.out or common.default_out("tdmr", name, args, parse([]), told))
     own = len(args.seeds) > 1 or not args.out  # a folder a seed

@@ -44,6 +44,41 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def own(tiny_weights, tmp_path_factory):
+    """A file of a user's: make(4) is an untrained network, make_trained() one with the tiny weights."""
+    file = tmp_path_factory.mktemp("own") / "my_net.py"
+    file.write_text(f"""
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    mean, std = [0.4, 0.4, 0.4], [0.3, 0.3, 0.3]
+
+    def __init__(self, classes):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(),
+                                    nn.Conv2d(8, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+make = Net
+
+def make_trained():
+    import common
+    return common.load_network({str(tiny_weights)!r}, "resnet8")[0]
+
+def make_list(n):
+    return [n]
+
+def make_trouble(n):
+    raise ValueError("of its own")
+""")
+    return file
+
+
+@pytest.fixture(scope="session")
 def tiny_weights(tiny, tmp_path_factory):
     """The checkpoint of a ResNet-8 that has learned `tiny`."""
     import common

@@ -136,7 +136,7 @@ def test_only_images_count_as_images(tmp_path):
 @pytest.mark.parametrize("sides, size", [((20, 48, 300), 32), ((49, 90), 64), ((90, 96, 20), 64),
                                          ((97, 150), 224)])
 def test_a_folder_is_read_at_a_size_that_fits(tmp_path, sides, size, capsys):
-    """By the median side, printed; --size wins. Fails if small pictures become 224 px, or by the mean."""
+    """By the median side, printed; --size wins. Fails if pictures grow to 224 px, or by the mean."""
     from PIL import Image
 
     for n, side in enumerate(sides):
@@ -653,3 +653,40 @@ def test_memory_and_disk_are_one_clear_line(error, says, capsys):
     error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError):
         common.run(main, lambda argv: None, [])
+
+
+# ----- networks of one's own ---------------------------------------------------------------------------
+
+
+def test_a_network_of_ones_own_comes_from_a_file_or_a_module(own, tiny, monkeypatch):
+    """FILE.py:NAME, module:NAME; weights and normalisation of its own. Fails if it shadows `common`."""
+    data = common.load_data(str(tiny))
+    net, seen, source = common.find_weights(f"{own}:make", str(tiny), data, "none", CPU)
+    assert type(net).__name__ == "Net" and net.fc.out_features == 4 and not net.training
+    assert seen.mean == [0.4] * 3 and seen.std == [0.3] * 3 and "its own weights" in source
+    monkeypatch.chdir(own.parent)
+    net, seen, _ = common.find_weights("my_net:make_trained", str(tiny), data, "none", CPU)
+    assert common.accuracy_pct(net, data, data.test, CPU) == 100.0 and seen.mean == data.mean
+    names = [common.short_name(arch) for arch in (f"{own}:make", "resnet8")]
+    assert names == ["my_net-make", "resnet8"]
+
+
+@pytest.mark.parametrize("arch, weights, words", [
+    ("{}:mak", "none", "--arch .*AttributeError.*mak"), ("{}x.py:make", "none", "FileNotFoundError"),
+    ("{}:make_list", "none", "gives a list; expected an nn.Module"),
+    ("{}:make_trouble", "none", "ValueError: of its own"), ("nowhere.to:make", "none", "ModuleNotFound"),
+    ("{}:make", None, "or none, where the network has its own"), ("resnet8", "none", "only a FILE.py")])
+def test_what_is_wrong_with_a_network_of_ones_own_is_one_line(own, tiny, arch, weights, words):
+    """Fails if a traceback comes, or if a user's network is trained anew without a word."""
+    data = common.load_data(str(tiny))
+    with pytest.raises(InputError, match=words):
+        common.find_weights(arch.format(own), str(tiny), data, weights, CPU)
+
+
+def test_a_file_of_weights_does_not_choose_what_code_is_run(own, tmp_path):
+    """Its arch may name any function. Fails if a checkpoint's arch is built where no flag repeats it."""
+    net = common.build_model(f"{own}:make", 4)
+    torch.save({"state_dict": net.state_dict(), "arch": f"{own}:make"}, file := tmp_path / "w.pt")
+    with pytest.raises(InputError, match="repeat that behind --foundation"):
+        common.load_network(file, None, flag="--foundation")
+    assert common.load_network(file, f"{own}:make", 4)[1]["arch"] == f"{own}:make"

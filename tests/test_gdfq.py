@@ -579,3 +579,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(command, says, fails, t
     command = command.format(root=common.ROOT, tmp=tmp_path, weights=tiny_weights)
     assert says in fails(gdfq, f"--dataset {tiny} --batch-size 4 --g-width 8 {command}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_of_ones_own_from_the_command_line_and_back(go, own, fails, capsys):
+    """--arch FILE.py:NAME, its integers by tools/deploy.py. Fails if deploy runs what the file names."""
+    out = go(f"--arch {own}:make_trained --weights none --wbits 8 --abits 8", "own")
+    end = common.read_log(out / "log.jsonl")[-1]
+    assert end["acc_fp_pct"] == 100.0
+    assert "repeat that behind --arch" in fails(deploy, f"evaluate {out / 'quantized.pt'}")
+    capsys.readouterr()
+    again = f"evaluate {out / 'quantized.pt'} --arch {own}:make_trained"
+    common.run(deploy.main, deploy.parse, again.split())
+    assert capsys.readouterr().out.splitlines()[-1] == f"top-1 {end['acc_pct']:.2f} %"

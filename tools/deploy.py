@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = common.Parser(prog="tools/deploy.py", description=__doc__)
     p.add_argument("what", choices=["evaluate"], help="evaluate: top-1 on the test images")
     p.add_argument("file", help="a quantized.pt")
+    p.add_argument("--arch", help="where the file holds a network of yours: the FILE.py:NAME again")
     p.add_argument("--dataset", help="as in gdfq.py; None: the one that the file names")
     p.add_argument("--data-dir", default="data", help="where cifar and imagenet lie")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -74,10 +75,12 @@ def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
     return q
 
 
-def rebuild(file: str) -> tuple[nn.Module, dict]:
+def rebuild(file: str, arch: str | None = None) -> tuple[nn.Module, dict]:
     """The network of a quantized.pt, in eval mode on the CPU, and what else the file says."""
     packed = common.load_file(file, tuple(KINDS), "a network packed by gdfq.py")
     common.check_kinds(packed, KINDS, file, "gdfq.py")
+    if ":" in packed["arch"] and packed["arch"] != arch:  # a file of weights does not choose what is run
+        raise InputError(f"{file}: holds a {packed['arch']}; repeat that behind --arch")
     model = common.build_model(packed["arch"], len(packed["classes"]))
     model.to(memory_format=torch.channels_last)
     model.transform_input = packed["transform_input"]
@@ -87,7 +90,7 @@ def rebuild(file: str) -> tuple[nn.Module, dict]:
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device)
-    q, packed = rebuild(args.file)
+    q, packed = rebuild(args.file, args.arch)
     try:
         data = common.load_data(args.dataset or packed["dataset"], args.data_dir, packed["size"])
     except InputError as e:

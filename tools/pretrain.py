@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("what", nargs="?", default="pretrain", choices=["pretrain", "embed"],
                    help="embed: make the embedded data from the full Fashion-MNIST")
     a = p.add_argument_group("task").add_argument
-    a("--arch", default="resnet20", help="resnet8/14/20/32/44/56/110, resnet20x2, or torchvision's")
+    a("--arch", default="resnet20", help="resnet8/20/.../110, resnet20x2, torchvision's, FILE.py:NAME")
     a("--dataset", default="fashion",
       help="fashion, fashion-mnist, cifar10, cifar100, imagenet, a folder, a .npz")
     a("--data-dir", default="data", help="where cifar, imagenet, fashion-mnist lie or are downloaded to")
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
                          f"{data.name} ({e})") from None
     if (n := len(data.train)) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: {data.name} has only {n} train images")
-    save = Path(args.save or ROOT / "weights" / f"{data.name}_{args.arch}.pt")
+    save = Path(args.save or ROOT / "weights" / f"{data.name}_{common.short_name(args.arch)}.pt")
     if save.is_dir():
         raise InputError(f"--save {save}: a folder; expected a file to write")
     if save.exists() and not (args.save or args.resume):

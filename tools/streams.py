@@ -154,7 +154,7 @@ def print_table(end: dict, counts: dict[str, Counter], images: int) -> None:
         print(f"{LABELS[m]:<11}" + "".join(f"{v:>12.1f}" for v in row))
     if c := counts.get("cema"):
         print(f"the edge's loop costs {end['edge_overhead_pct']:.1f} % more than its inference, the "
-              f"cloud {end['cloud_ms_per_image']:.1f} ms an image; {c['refused_messages']} messages "
+              f"cloud {end['cloud_ms_per_image']:.1f} ms an image;\n{c['refused_messages']} messages "
               f"refused; {c['bytes_down_stats'] / max(1, c['bytes_down']):.0%} of the bytes down are BN "
               "statistics")
 
