@@ -199,7 +199,9 @@ def test_the_tables_show_accuracy_by_corruption_and_then_the_cost(capsys):
     assert text.split()[2:6] == ["source", "ETA", "CEMA", "f,"]
     assert rows["fog/5"] == ["50.00", "61.00", "62.00", "80.00"]
     assert rows["mean"] == ["60.00", "66.00", "67.00", "85.00"]
+    assert rows["gain"] == ["over", "source", "0.00", "6.00", "7.00", "25.00"]
+    assert all(len(line) <= 100 for line in text.splitlines())
     assert rows["ETA"] == ["70.0", "0.0", "0.0", "0.1", "0.0", "0.0", "50.0"]
     assert rows["CEMA"] == ["40.0", "3.0", "8.0", "0.0", "1.5", "0.7", "100.0"]
-    assert "costs 5.0 % more" in text and "50.0 ms an image; 3 messages refused; 50" in text
+    assert "costs 5.0 % more" in text and "50.0 ms an image;\n3 messages refused; 50" in text
     assert (end["uploads_pct"], end["eta_backwards_pct"], end["acc_cema_pct"]) == (40, 70, 67)
