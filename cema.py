@@ -818,19 +818,23 @@ def make_methods(nets: list[FromBytes], classes: int, size: int, args, counts: d
     return made
 
 
+def out_folder(args: argparse.Namespace, data: common.Data) -> Path:
+    kind = "" if args.recipe == "paper" else f"_{args.recipe}"
+    name = f"{data.name}_{common.short_name(args.arch)}_{args.order}{kind}"
+    usual, told = parse(["--recipe", args.recipe]), "dataset arch order recipe seed"
+    out = Path(args.out or common.default_out("cema", name, args, usual, told))
+    return common.check_out(out, args)
+
+
 def main(args: argparse.Namespace) -> None:
     try:
         from tools import streams  # the benchmark, which the method does not need
     except ImportError:
         raise InputError("no tools/streams.py, which makes the images: copy tools/, too") from None
-    device = common.pick_device(args.device)
+    device = common.pick_device(args.device, several=True)
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, domains, keep = streams.load_domains(args)
-    kind = "" if args.recipe == "paper" else f"_{args.recipe}"
-    name = f"{data.name}_{common.short_name(args.arch)}_{args.order}{kind}"
-    usual, told = parse(["--recipe", args.recipe]), "dataset arch order recipe seed"
-    out = Path(args.out or common.default_out("cema", name, args, usual, told))
-    common.check_out(out, args)
+    out = out_folder(args, data)
     nets, C = networks(args, data, keep, device), len(keep or data.classes)
     print(f"device: {common.device_name(device)}, {torch.get_num_threads()} threads, training in "
           f"{'bf16' if args.amp else 'fp32'}; recipe: {args.recipe} {RECIPES[args.recipe] or ''}")
@@ -842,8 +846,9 @@ def main(args: argparse.Namespace) -> None:
     if args.score_foundation and "cema" in args.methods:
         scored += ["foundation_source", "foundation"]
     fresh = lambda part: make_methods(nets, C, data.size, args, counts, part)
-    methods, tally, first, before_s = fresh(0), streams.Tally(len(domains)), 0, 0.0
-    if state := common.load_checkpoint(out / "checkpoint.pt", args):
+    methods = fresh(plan[0][0] if plan else 0)  # a process of torchrun's may begin with another part
+    tally, first, before_s = streams.Tally(len(domains)), 0, 0.0
+    if state := common.load_checkpoint(common.checkpoint_file(out), args):
         first, before_s = state["first"], state["wall_s"]
         common.restored(tally, state["tally"])
         for m in args.methods:
@@ -887,13 +892,16 @@ def main(args: argparse.Namespace) -> None:
             states = {m: common.state_of(method) for m, method in methods.items()}
             common.save_atomic({"args": common.flat(args), "first": t + 1, "methods": states,
                                 "counts": counts, "tally": common.state_of(tally),
-                                "wall_s": log.seconds()}, out / "checkpoint.pt")
+                                "wall_s": log.seconds()}, common.checkpoint_file(out))
 
+    tally, counts = streams.together(tally, counts)
+    common.checkpoint_file(out).unlink(missing_ok=True)
+    if common.rank_and_world()[0]:
+        return
     names, in_domain = [domain.name for domain in domains], [streams.percent(c) for c in tally.domains]
     accs = {m: {name: acc[m] for name, acc in zip(names, in_domain)} for m in scored}
     end = streams.end_record(accs, counts, tally.images)
     log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
-    (out / "checkpoint.pt").unlink(missing_ok=True)
     streams.print_table(end, counts, tally.images)
     if args.stream == "generated":
         print("generated corruptions: not comparable with the files of ImageNet-C or CIFAR-10-C")

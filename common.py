@@ -3,6 +3,7 @@
 It needs torch, torchvision, numpy and tqdm. From top to bottom:
 
     errors and machine      one-line user errors, device, mixed precision
+    several processes       what torchrun starts: their mean, their sum, a share of the images
     hyperparameters         flags as a namespace for importers, one optimizer step
     networks                CIFAR-style ResNets; every torchvision classifier by its name
     data                    what a data set is, batches of it, augmentation; tools/data.py reads them
@@ -15,6 +16,7 @@ It needs torch, torchvision, numpy and tqdm. From top to bottom:
 
 import argparse
 import copy
+import datetime
 import difflib
 import hashlib
 import importlib.util
@@ -37,6 +39,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -92,9 +95,11 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *where, **more: f"note: {message}\n"
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know the letters of a folder's name
         getattr(stream, "reconfigure", dict)(errors="replace")
+    rank = int(os.environ.get("RANK", 0))
     try:
         main(parse(argv))
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
+        time.sleep(10 * (rank > 0))  # torchrun ends the others once the first has said it
         text = re.sub(r"(?s)Caught InputError in DataLoader.*InputError: ", "", str(e))  # a worker's
         sys.stderr.write(f"{prog}: error: {' '.join(text.split())}\n")
         sys.exit(2)
@@ -108,6 +113,9 @@ def run(main, parse, argv: list[str] | None = None) -> None:
         sys.stderr.write(f"\n{prog}: interrupted; where a checkpoint was written, the same command "
                          "with --resume goes on from it\n")
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def each_seed(main):
@@ -123,13 +131,23 @@ def each_seed(main):
     return mains
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, else MPS, else CPU. Raises InputError for a device that is not there."""
+def pick_device(name: str = "auto", several: bool = False) -> torch.device:
+    """`auto` is CUDA, else MPS, else CPU. Raises InputError for a device that is not there.
+
+    Under torchrun a program that knows of `several` processes becomes one of them, on its own GPU.
+    """
+    processes, gpu = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if processes > 1 and not several:
+        raise InputError(f"torchrun started {processes} processes; this program runs as one")
+    if name in ("auto", "cuda") and processes > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(name := f"cuda:{gpu}")
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         torch.empty(1, device=name)
+        if processes > 1:
+            join("nccl" if name.startswith("cuda") else "gloo")
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0]
@@ -179,6 +197,54 @@ def seeded(seed: int):
         yield
 
 
+# ===== Several processes ==============================================================================
+#
+# torchrun starts N of them, each with its own noise, images or seeds. The first prints and writes.
+
+
+def join(backend: str) -> None:
+    """Becomes one of torchrun's processes. One that dies takes the others along within two minutes."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=2))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and how many there are: 0 of 1 without torchrun."""
+    on = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
+
+
+@torch.no_grad()
+def average(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its mean over all processes, in one all_reduce."""
+    world = rank_and_world()[1]
+    if world > 1:
+        together = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(together)
+        for t, mean in zip(tensors, (together / world).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def gather(x) -> list:
+    """x of every process, in the order of their ranks. x: anything that can be pickled."""
+    everyone = [x] * rank_and_world()[1]
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, x)
+    return everyone
+
+
+def shard(split):
+    """Every N-th item of a split, from this process's number on."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return split
+    if isinstance(split, TensorDataset):
+        return TensorDataset(*(t[rank::world] for t in split.tensors))
+    return torch.utils.data.Subset(split, range(rank, len(split), world))
+
+
 # ===== Hyperparameters ===============================================================================
 
 
@@ -212,14 +278,18 @@ def defaults(build_parser, hp: argparse.Namespace | None = None, **changes) -> a
     return argparse.Namespace(**vars(hp or parser.parse_args([])) | changes)
 
 
-def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip: float = 0.0) -> None:
-    """One optimizer step, gradient norm cut to `clip` (0: not at all).
+def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip: float = 0.0,
+            together: bool = False) -> None:
+    """One optimizer step, gradient norm cut to `clip` (0: not at all); of the mean of all processes'
+    gradients, if `together`.
 
     NaN stops the run here, before it reaches a weight or a checkpoint; InputError names the flag.
     """
     opt.zero_grad(set_to_none=True)
     loss.backward()
     params = [p for group in opt.param_groups for p in group["params"]]
+    if together:
+        average([p.grad for p in params if p.grad is not None])
     norm = nn.utils.clip_grad_norm_(params, clip or math.inf).item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
         advice = f"lower {flag}" if opt.state else "before any step: look at the images and the weights"
@@ -738,17 +808,21 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy_pct(model: nn.Module, data: Data, split, device, batch_size: int | None = None) -> float:
-    """Top-1 in percent over a whole split, in eval mode and fp32 (no TF32)."""
+def accuracy_pct(model: nn.Module, data: Data, split, device, batch_size: int | None = None,
+                 together: bool = False) -> float:
+    """Top-1 in percent over a whole split, in eval mode and fp32 (no TF32). together: each process takes
+    its share, and all get the result.
+    """
     batch_size = batch_size or (250 if data.size <= 64 else 50)
     torch.backends.cudnn.allow_tf32 = False
     training, hits, total = [m for m in model.modules() if m.training], 0, 0
     model.eval()
-    for x, y in batches(split, batch_size):
+    for x, y in batches(shard(split) if together else split, batch_size):
         hits += (model(to_input(x, data.mean, data.std, device)).argmax(1).cpu() == y).sum().item()
         total += len(y)
     for m in training:
         m.training = True
+    hits, total = map(sum, zip(*gather((hits, total)))) if together else (hits, total)
     return 100 * hits / total
 
 
@@ -788,11 +862,18 @@ class RunLog:
     """`log.jsonl`: one flat JSON object a line; `event` is start, step, eval or end.
 
     resumed_at > 0: records after that iteration go, since they will come again; new ones are appended.
+    alone: the folder is this process's, whatever torchrun's others do.
     """
 
-    def __init__(self, out: Path, resumed_at: int = 0):
+    def __init__(self, out: Path, resumed_at: int = 0, alone: bool = False):
         out.mkdir(parents=True, exist_ok=True)
         self.t0, self.final = time.time(), out / "log.jsonl"
+        # Of several processes the first one writes, once all know at which iteration they go on.
+        if not alone and len(set(gather(resumed_at))) > 1:
+            raise InputError(f"{out}: checkpoints of different iterations; start anew, without --resume")
+        if not alone and rank_and_world()[0]:
+            self.path, self.file = self.final, open(os.devnull, "w")
+            return
         # The log of a finished run stays until this one has finished, too.
         self.path = out / "log.jsonl.new" if is_finished(self.final) else self.final
         kept = read_log(self.path) if resumed_at and self.path.exists() else []
@@ -800,7 +881,8 @@ class RunLog:
         lock(self.file)
         self.file.truncate(0)
         if not resumed_at:  # or --resume would take up the run before this one
-            (out / "checkpoint.pt").unlink(missing_ok=True)
+            for file in out.glob("checkpoint*.pt"):
+                file.unlink()
         for r in kept:
             if r.get("iteration", 0) <= resumed_at:
                 self.write(**r)
@@ -924,6 +1006,11 @@ def restored(x, state):
     else:
         return deque(state) if isinstance(x, deque) else state
     return x
+
+
+def checkpoint_file(out: Path) -> Path:
+    """checkpoint.pt, or of torchrun's second process checkpoint1.pt: each has its own random numbers."""
+    return out / f"checkpoint{rank_and_world()[0] or ''}.pt"
 
 
 def crc_of(*models: nn.Module) -> int:

@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--epochs", type=number(int, 1), default=10, help="length of the run; published: 400")
     a("--iters-per-epoch", type=number(int, 1), default=30, help="generator steps; published: 200")
     a("--warmup-epochs", type=number(int, 1), default=5, help="G alone; published: 4, ImageNet 50")
-    a("--batch-size", type=number(int, 2), default=128, help="of G and Q; published: 200, ImageNet 16")
+    a("--batch-size", type=number(int, 2), default=128, help="of G and Q, a process; published: 200, 16")
     a("--schedule", default="cosine", choices=["cosine", "step"], help="of both rates; published: step")
     a("--milestones", type=number(int, 0), nargs="*", default=[100, 200, 300], help="of --schedule step")
     a("--gamma", type=share, default=0.1, help="factor at each milestone; published: 0.1")
@@ -439,8 +439,10 @@ class GDFQ:
         self.warmup = hp.warmup_epochs * hp.iters_per_epoch
         self.iterations = hp.epochs * hp.iters_per_epoch
         self.iteration, self.buffer = 0, []  # of (images, labels, M's logits)
-        # All noise is drawn on the CPU, so that a seed means the same on every device.
-        self.rng = torch.Generator().manual_seed(hp.seed)
+        # All noise is drawn on the CPU, so that a seed means the same on every device. Of torchrun's
+        # processes each draws its own.
+        offset = 1_000_003 * common.rank_and_world()[0]  # the generator reads 32 bits of its seed
+        self.rng = torch.Generator().manual_seed((hp.seed + offset) % 2**63)
 
         self.teacher = common.copy_of(model).eval().requires_grad_(False)
         auto = "embedding" if image_size <= 64 else "conditional-bn"
@@ -456,6 +458,7 @@ class GDFQ:
         common.check_network(self.teacher, noise, num_classes)
         self.student = quantize(self.teacher, noise, *bits, hp.percentile, hp.ema_momentum)
         self.student.requires_grad_(True)
+        self.share_ranges()
         # Only now: recorded before the copy, Q would carry the hooks, too.
         self.bn_statistics = record_bn_statistics(self.teacher)
         self.opt_g = torch.optim.Adam(self.generator.parameters(), hp.lr_g, hp.adam_betas, fused=True)
@@ -486,11 +489,13 @@ class GDFQ:
         x, y = self.sample()
         with common.autocast(self.device, self.hp.amp):
             logits = self.teacher(x).float()
+        # Under torchrun L_BNS is of this process's batch, as on one GPU, and gradients are averaged.
         # CE alone finds images that M calls y and that look like nothing M was trained on; L_BNS asks of
         # every layer that they look like it.
         ce, bns = F.cross_entropy(logits, y), bn_statistics_loss(self.bn_statistics)
         loss = ce + self.hp.beta * bns
-        common.descend(self.opt_g, loss, f"loss_g at iteration {self.iteration}", "--lr-g")
+        what = f"loss_g at iteration {self.iteration}"
+        common.descend(self.opt_g, loss, what, "--lr-g", together=True)
         self.bn_statistics.clear()  # or the graph of this batch lives on
         acc_m_pct = 100 * (logits.argmax(1) == y).float().mean().item()
         stats = {"loss_g": loss.item(), "ce": ce.item(), "bns": bns.item(), "acc_m_pct": acc_m_pct}
@@ -507,7 +512,8 @@ class GDFQ:
             logits = self.student(x).float()
         kd = distillation_loss(teacher_logits, logits, hp.temperature, hp.kd_reduction)
         loss = hp.alpha * kd + (hp.ce * F.cross_entropy(logits, y) if hp.ce else 0.0)
-        common.descend(self.opt, loss, f"loss_q at iteration {self.iteration}", "--lr", hp.clip)
+        common.descend(self.opt, loss, f"loss_q at iteration {self.iteration}", "--lr", hp.clip,
+                       together=True)
         agree = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"loss_q": loss.item(), "kd": kd.item(), "agree_pct": 100 * agree.item()}
 
@@ -519,6 +525,12 @@ class GDFQ:
         with observing(self.student), common.autocast(self.device, self.hp.amp):
             for x in images or (self.sample()[0] for _ in range(self.hp.calibration_batches)):
                 self.student(x)
+        self.share_ranges()
+
+    def share_ranges(self) -> None:
+        """One range a tensor for all of torchrun's processes: the mean of theirs."""
+        quantizers = [m for m in self.student.modules() if isinstance(m, ActivationQuantizer)]
+        common.average([end for m in quantizers for end in (m.lo, m.hi)])
 
     def step(self, real: Iterator[tuple[Tensor, Tensor]] | None = None) -> dict:
         """One iteration: a generator step and, after the warm-up, `student_steps` student steps.
@@ -681,16 +693,21 @@ def untrained(model: nn.Module, size: int, args, device) -> Iterator[tuple[str, 
             yield f"acc_ptq_{name}_pct", quantize(model, noise, *bits, percentile)
 
 
-def main(args: argparse.Namespace) -> None:
-    device = common.pick_device(args.device)
-    args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
-    data, real = common.load_data(args.dataset, args.data_dir, args.size), args.method == "finetune-real"
-    C, kind = len(data.classes), ("" if args.recipe == "fast" else f"_{args.recipe}") + "_real" * real
+def out_folder(args: argparse.Namespace, data: common.Data) -> Path:
+    kind = "" if args.recipe == "fast" else f"_{args.recipe}"
+    kind += "_real" * (args.method == "finetune-real")
     name = f"{data.name}_{common.short_name(args.arch)}_w{args.wbits}a{args.abits}{kind}"
     told = "dataset arch wbits abits recipe method seed"
     usual = parse(["--recipe", args.recipe, "--abits", f"{args.abits}"])
-    out = Path(args.out or common.default_out("gdfq", name, args, usual, told))
-    common.check_out(out, args)
+    return common.check_out(Path(args.out or common.default_out("gdfq", name, args, usual, told)), args)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = common.pick_device(args.device, several=True)
+    rank, world = common.rank_and_world()
+    args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
+    data, real = common.load_data(args.dataset, args.data_dir, args.size), args.method == "finetune-real"
+    C, out = len(data.classes), out_folder(args, data)
     # Once without weights: every check comes before minutes go into pretraining.
     GDFQ(common.build_model(args.arch, C), C, data.size, args)
     model, data, source = common.find_weights(args.arch, args.dataset, data, args.weights, device)
@@ -704,7 +721,7 @@ def main(args: argparse.Namespace) -> None:
         method.calibrate(next(stream)[0] for _ in range(args.calibration_batches))
 
     results, before_s = {}, 0.0
-    if state := common.load_checkpoint(out / "checkpoint.pt", args):
+    if state := common.load_checkpoint(common.checkpoint_file(out), args):
         common.restored(method, state["method"])
         results, before_s = state["results"], state["wall_s"]
         print(f"resuming at iteration {method.iteration}")
@@ -714,7 +731,7 @@ def main(args: argparse.Namespace) -> None:
 
     def evaluate(network: nn.Module, name: str) -> None:
         print(f"{name} ", end="", flush=True)
-        results[name] = common.accuracy_pct(network, data, data.test, device)
+        results[name] = common.accuracy_pct(network, data, data.test, device, together=True)
         log.write("eval", iteration=method.iteration, wall_s=log.seconds(), **{name: results[name]})
         print(f"{results[name]:.2f}, {len(data.test)} images; {log.seconds():.0f} s", flush=True)
 
@@ -732,7 +749,7 @@ def main(args: argparse.Namespace) -> None:
         if i + 1 == method.warmup:
             print(f"calibrating: ranges of {args.calibration_batches} generated batches", flush=True)
         stats = method.step(stream)
-        images += args.batch_size * (1 if i < method.warmup else args.student_steps)
+        images += world * args.batch_size * (1 if i < method.warmup else args.student_steps)
         mean = {k: 0.95 * mean.get(k, v) + 0.05 * v for k, v in stats.items()}
         img_per_s = images / (time.time() - t0)
         # Does M see the wanted classes? Then: does Q answer as M does?
@@ -752,8 +769,12 @@ def main(args: argparse.Namespace) -> None:
             evaluate(method.student, "acc_pct")
         if epoch % args.checkpoint_every == 0 and not real:
             common.save_atomic({"args": common.flat(args), "method": common.state_of(method),
-                                "results": results, "wall_s": log.seconds()}, out / "checkpoint.pt")
+                                "results": results, "wall_s": log.seconds()},
+                               common.checkpoint_file(out))
     evaluate(method.student, "acc_pct")
+    if rank:
+        common.checkpoint_file(out).unlink(missing_ok=True)
+        return
     if not real:
         log.write("bn_gap", iteration=method.iteration, gap=bn_gap(method))
         save_grid(method, data, out / "generated.png")

@@ -735,7 +735,8 @@ def size_of(net: nn.Module) -> int:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = common.pick_device(args.device)
+    device = common.pick_device(args.device, several=True)
+    rank, world = common.rank_and_world()
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data = common.load_data(args.dataset, args.data_dir, args.size)
     if data.train is None:
@@ -758,12 +759,15 @@ def main(args: argparse.Namespace) -> None:
     extractor = Extractor(load_foundation(args, device), args.taps, device, args.amp)
     print(f"device: {common.device_name(device)}, {torch.get_num_threads()} threads, "
           f"{'bf16' if args.amp else 'fp32'}")
-    table = {}
-    for seed in args.seeds:
+    runs, table = {}, {}
+    for seed in args.seeds[rank::world]:  # torchrun's processes take the seeds in turn
         hp = argparse.Namespace(**vars(args), seed=seed)
-        log = common.RunLog(folders[seed])
+        log = common.RunLog(folders[seed], alone=True)
         log.start(args, device)
-        for method, row in run_seed(hp, methods, data, extractor, log, device).items():
+        runs[seed] = run_seed(hp, methods, data, extractor, log, device)
+    every = {seed: rows for runs in common.gather(runs) for seed, rows in runs.items()}
+    for seed in args.seeds:
+        for method, row in every[seed].items():
             table.setdefault(method, []).append(row)
     print_table(table, f"{args.target} on {data.name}")
     print(f"labelled: {shots} {'a class' if args.fraction is None else 'of all'}; last state, "

@@ -68,11 +68,19 @@ class Stream(Dataset):
         return x, int(y), d, i
 
     def batches(self, batch_size: int) -> list[tuple[int, range]]:
-        """(part, positions) of each batch; none reaches over the end of a part."""
+        """(part, positions) of each batch; none reaches over the end of a part.
+
+        torchrun's processes take the parts in turn. InputError where all is one run.
+        """
+        rank, world = common.rank_and_world()
+        if world > 1 and not self.resets:
+            raise InputError("--order lifelong and mixed are one stream, for one process; leave torchrun "
+                             "out")
         out, at = [], 0
         for n, part in enumerate(self.parts):
             end = at + len(part)
-            out += [(n, range(k, min(k + batch_size, end))) for k in range(at, end, batch_size)]
+            batches = [(n, range(k, min(k + batch_size, end))) for k in range(at, end, batch_size)]
+            out += batches if n % world == rank else []
             at = end
         return out
 
@@ -112,6 +120,15 @@ class Tally:
 def percent(c: Counter) -> dict[str, float]:
     """Method -> top-1."""
     return {m: 100 * hits / c["images"] for m, hits in c.items() if m != "images"}
+
+
+def together(tally: Tally, counts: dict[str, Counter]) -> tuple[Tally, dict[str, Counter]]:
+    """Those of all of torchrun's processes, each of which has seen other domains."""
+    for n, (domains, more) in enumerate(common.gather((tally.domains, counts))):
+        if n != common.rank_and_world()[0]:
+            for mine, other in zip((*tally.domains, *counts.values()), (*domains, *more.values())):
+                mine.update(other)
+    return tally, counts
 
 
 LABELS = {"source": "source", "bn": "BN adapt", "tent": "Tent", "eta": "ETA", "cema": "CEMA",
