@@ -112,7 +112,8 @@ def test_two_processes_print_the_table_of_cema_that_one_prints(tiny, tiny_weight
     """To the digit. Fails if a corruption is left out, counted twice, or meets another link or order."""
     command = (f"--dataset {tiny} --arch resnet8 --foundation resnet8 --weights {tiny_weights} --no-amp "
                f"--foundation-weights {tiny_weights} --corruptions fog snow contrast --images 32 "
-               "--device cpu --batch-size 8 --cloud-batch 4 --replay-min 8 --replay-draw 4 --e0 2 --link-drop 0.2")
+               "--device cpu --batch-size 8 --cloud-batch 4 --replay-min 8 --replay-draw 4 --e0 2 "
+               "--link-drop 0.2")
     tables = []
     for n in (1, 2):
         out, _ = finished(torchrun(ROOT / "cema.py", f"{command} --out {tmp_path}/{n}", n))

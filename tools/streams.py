@@ -74,8 +74,7 @@ class Stream(Dataset):
         """
         rank, world = common.rank_and_world()
         if world > 1 and not self.resets:
-            raise InputError("--order lifelong and mixed are one stream, for one process; leave torchrun "
-                             "out")
+            raise InputError("--order lifelong and mixed are one stream, for one process: leave torchrun")
         out, at = [], 0
         for n, part in enumerate(self.parts):
             end = at + len(part)
