@@ -203,9 +203,11 @@ def seeded(seed: int):
 
 
 def join(backend: str) -> None:
-    """Becomes one of torchrun's processes. One that dies takes the others along within two minutes."""
+    """Becomes one of torchrun's processes. If one dies, torchrun ends the others; if one hangs, they end
+    after six hours: so long may one train on its seed or corruption when the others have done theirs.
+    """
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=2))
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
 

@@ -409,11 +409,13 @@ def few_shot(labels: Tensor, classes: list[str], hp, seed: int) -> tuple[Tensor,
     return chosen, rest[:hp.unlabelled]
 
 
-def cached_features(file: Path, extractor: Extractor, images: Tensor) -> tuple[Tensor, int, float]:
+def cached_features(file: Path, extractor: Extractor, images: Tensor, together: bool = False):
     """f of every image, (R, dF) fp16 on the CPU, and what they cost: forwards of F, seconds.
 
     From `file` if it is of these images and this F: then at the cost of the run that made it.
+    together: torchrun's processes share the work.
     """
+    rank, world = common.rank_and_world() if together else (0, 1)
     t0 = time.time()
     h = hashlib.sha256(extractor.key.encode() + images.numpy().tobytes())
     for name, t in extractor.model.state_dict().items():
@@ -427,16 +429,20 @@ def cached_features(file: Path, extractor: Extractor, images: Tensor) -> tuple[T
             print(f"features: those of {file} are reused, F does not run", flush=True)
             return saved["features"], len(images), saved["seconds"]
         print(f"features: {file} is of other images, views or another F; computed anew", flush=True)
-    parts, batch = [], images.split(250)
+    parts, batch = {}, list(enumerate(images.split(250)))[rank::world]
     bar = common.Progress(0, len(batch))
     for i in bar:
-        parts.append(extractor(batch[i]).half().cpu())
+        n, x = batch[i]
+        parts[n] = extractor(x).half().cpu()
         bar.show(f"F runs once over {len(images)} images and views")
-    features = torch.cat(parts)
+    if together:
+        parts = {n: f for theirs in common.gather(parts) for n, f in theirs.items()}
+    features = torch.cat([parts[n] for n in sorted(parts)])
     if not features.isfinite().all():
         raise InputError("--foundation: its features are not finite in fp16; are its weights its own?")
     seconds = time.time() - t0
-    common.save_atomic({"key": h.hexdigest(), "features": features, "seconds": seconds}, file)
+    if rank == 0:
+        common.save_atomic({"key": h.hexdigest(), "features": features, "seconds": seconds}, file)
     return features, len(images), seconds
 
 
@@ -760,6 +766,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"device: {common.device_name(device)}, {torch.get_num_threads()} threads, "
           f"{'bf16' if args.amp else 'fp32'}")
     runs, table = {}, {}
+    for seed in args.seeds if world > len(args.seeds) else []:
+        share_features(argparse.Namespace(**vars(args), seed=seed), data, extractor, folders[seed])
     for seed in args.seeds[rank::world]:  # torchrun's processes take the seeds in turn
         hp = argparse.Namespace(**vars(args), seed=seed)
         log = common.RunLog(folders[seed], alone=True)
@@ -774,13 +782,25 @@ def main(args: argparse.Namespace) -> None:
           f"{len(data.test)} test images\n{out}/{'seed*/' * own}: log.jsonl, tdmr.pt")
 
 
+def rows_of(hp, data: common.Data) -> Rows:
+    """The labelled and unlabelled images of a seed, with their views."""
+    labels = common.labels_of(data.train)
+    chosen, rest = few_shot(labels, data.classes, hp, hp.seed)
+    labelled, unlabelled = take(data.train, chosen), take(data.train, rest)
+    return make_rows(labelled, labels[chosen], unlabelled, hp.labelled_views, hp.views, hp.seed)
+
+
+def share_features(hp, data: common.Data, extractor: Extractor, folder: Path) -> None:
+    """More processes than seeds: first all of them run F, and leave its features for `run_seed`."""
+    cached_features(folder / "features.pt", extractor, rows_of(hp, data).images, together=True)
+    every = take(data.test, torch.arange(len(data.test)))
+    cached_features(folder / "features_test.pt", extractor, every, together=True)
+
+
 def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, log, device) -> dict:
     """All methods on one draw of images. Returns the table's rows, method -> figures."""
-    folder, labels, C = log.path.parent, common.labels_of(data.train), len(data.classes)
-    chosen, rest = few_shot(labels, data.classes, hp, hp.seed)
-    print(f"seed {hp.seed}: {len(chosen)} labelled and {len(rest)} unlabelled images", flush=True)
-    labelled, unlabelled = take(data.train, chosen), take(data.train, rest)
-    rows = make_rows(labelled, labels[chosen], unlabelled, hp.labelled_views, hp.views, hp.seed)
+    folder, rows, C = log.path.parent, rows_of(hp, data), len(data.classes)
+    print(f"seed {hp.seed}: {rows.n_l} labelled and {rows.n_u} unlabelled images", flush=True)
     features, forwards, features_s = cached_features(folder / "features.pt", extractor, rows.images)
     print(f"features: {features.shape[1]} numbers an image, of F's last feature and of "
           f"{len(extractor.taps)} depths{' (no blocks found)' * (not extractor.taps)}", flush=True)

@@ -137,6 +137,11 @@ def test_two_processes_print_the_table_of_tdmr_that_one_prints(tiny, tiny_weight
         lines = [line for line in out.splitlines() if " +- " in line]
         accuracies.append([line[:39] for line in lines])
     assert len(accuracies[0]) == 2 and accuracies[0] == accuracies[1]
+    # One seed: F's pass is shared, and the features are those of one process.
+    out, _ = finished(torchrun(ROOT / "tdmr.py", f"{command} --seeds 1 --out {tmp_path}/shared"))
+    assert out.count("are reused, F does not run") == 2
+    one, two = (torch.load(tmp_path / f / "features.pt") for f in ("1/seed1", "shared"))
+    assert one["key"] == two["key"] and torch.equal(one["features"], two["features"])
 
 
 def test_a_killed_process_takes_the_others_along(tiny, tiny_weights, tmp_path):

@@ -74,7 +74,7 @@ class Stream(Dataset):
         """
         rank, world = common.rank_and_world()
         if world > 1 and not self.resets:
-            raise InputError("--order lifelong and mixed are one stream, for one process: leave torchrun")
+            raise InputError("--order lifelong and mixed are one stream, for one process, no torchrun")
         out, at = [], 0
         for n, part in enumerate(self.parts):
             end = at + len(part)
