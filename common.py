@@ -95,7 +95,7 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, *where, **more: f"note: {message}\n"
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know the letters of a folder's name
         getattr(stream, "reconfigure", dict)(errors="replace")
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ["RANK"]) if by_torchrun() else 0
     try:
         main(parse(argv))
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
@@ -114,7 +114,7 @@ def run(main, parse, argv: list[str] | None = None) -> None:
                          "with --resume goes on from it\n")
         sys.exit(130)
     finally:
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -136,11 +136,11 @@ def pick_device(name: str = "auto", several: bool = False) -> torch.device:
 
     Under torchrun a program that knows of `several` processes becomes one of them, on its own GPU.
     """
-    processes, gpu = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ["WORLD_SIZE"]) if by_torchrun() else 1
     if processes > 1 and not several:
         raise InputError(f"torchrun started {processes} processes; this program runs as one")
     if name in ("auto", "cuda") and processes > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(name := f"cuda:{gpu}")
+        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -200,6 +200,10 @@ def seeded(seed: int):
 # ===== Several processes ==============================================================================
 #
 # torchrun starts N of them, each with its own noise, images or seeds. The first prints and writes.
+
+
+def by_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def join(backend: str) -> None:
