@@ -880,9 +880,9 @@ def main(args: argparse.Namespace) -> None:
         figures = {m: acc[m] for m in args.methods}
         if "cema" in methods:
             edge, uploads = methods["cema"].edge, counts["cema"]["uploads"]
-            more = {"entropy": edge.h_sum / edge.seen, "e_max": edge.e_max,
-                    "uploads_pct": 100 * uploads / tally.images}
+            more = {"e_max": edge.e_max, "uploads_pct": 100 * uploads / tally.images}
             figures = {"acc": acc["cema"]} | more
+            more["entropy"] = edge.h_sum / edge.seen
         bar.show(f"{name} | " + " | ".join(f"{k} {v:.2f}" for k, v in figures.items()))
         if (t + 1) % args.log_every == 0 or last:
             log.write("step", iteration=t + 1, domain=name, window=tally.take("window"), **more)

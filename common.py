@@ -96,8 +96,9 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know the letters of a folder's name
         getattr(stream, "reconfigure", dict)(errors="replace")
     rank = int(os.environ["RANK"]) if by_torchrun() else 0
+    args = None
     try:
-        main(parse(argv))
+        main(args := parse(argv))
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
         time.sleep(10 * (rank > 0))  # torchrun ends the others once the first has said it
         text = re.sub(r"(?s)Caught InputError in DataLoader.*InputError: ", "", str(e))  # a worker's
@@ -110,8 +111,8 @@ def run(main, parse, argv: list[str] | None = None) -> None:
         sys.stderr.write(f"{prog}: error: {why} ({' '.join(str(e).split())[:120]})\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{prog}: interrupted; where a checkpoint was written, the same command "
-                         "with --resume goes on from it\n")
+        how = "; where a checkpoint was written, the same command with --resume goes on from it"
+        sys.stderr.write(f"\n{prog}: interrupted{how * hasattr(args, 'resume')}\n")
         sys.exit(130)
     finally:
         if dist.is_available() and dist.is_initialized():
@@ -121,7 +122,9 @@ def run(main, parse, argv: list[str] | None = None) -> None:
 def each_seed(main):
     """`main` for each of --seeds, one run after the other, in <out>/seed0, <out>/seed1, ..."""
     def mains(args: argparse.Namespace) -> None:
-        for seed in args.seeds or [args.seed]:
+        for n, seed in enumerate(args.seeds or [args.seed]):
+            if args.seeds:
+                print(f"seed {seed}, run {n + 1} of {len(args.seeds)}", flush=True)
             out = f"{args.out}/seed{seed}" if args.out and args.seeds else args.out
             try:
                 main(argparse.Namespace(**vars(args) | {"seed": seed, "seeds": None, "out": out}))
@@ -555,8 +558,9 @@ def load_file(path: str | Path, keys: tuple[str, ...], what: str) -> dict:
         raise InputError(f"{path}: is a folder; expected {what}") from None
     except Exception as e:  # half a zip: which one depends on where it ends
         raise InputError(f"{path}: cannot be read as {what} ({type(e).__name__}); truncated?") from None
-    if not isinstance(obj, dict) or any(k not in obj for k in keys):
-        raise InputError(f"{path}: not {what}; expected the keys {', '.join(keys) or 'of a state_dict'}")
+    lacks = ["a state_dict"] if not isinstance(obj, dict) else [k for k in keys if k not in obj]
+    if lacks:
+        raise InputError(f"{path}: not {what}; it lacks {', '.join(lacks)}")
     return obj
 
 
@@ -927,7 +931,8 @@ class Progress:
 
     def __init__(self, first: int, total: int, every_s: float = 15.0):
         self.first, self.total, self.every_s = first, total, every_s
-        self.t0 = self.last = time.time()
+        self.t0 = time.time()
+        self.last = self.t0 - every_s + 3  # the first line soon: it says how long all will take
         form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
         self.bar = tqdm(initial=first, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True,
                         bar_format=form)

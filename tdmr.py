@@ -426,7 +426,7 @@ def cached_features(file: Path, extractor: Extractor, images: Tensor, together: 
         except InputError:  # half a file, or something else's
             saved = {"key": ""}
         if saved["key"] == h.hexdigest():
-            print(f"features: those of {file} are reused, F does not run", flush=True)
+            print(f"features: {file.name} of this folder is reused, F does not run", flush=True)
             return saved["features"], len(images), saved["seconds"]
         print(f"features: {file} is of other images, views or another F; computed anew", flush=True)
     parts, batch = {}, list(enumerate(images.split(250)))[rank::world]
@@ -677,6 +677,21 @@ def head_accuracy_pct(net: nn.Module, features: Tensor, y: Tensor, device: torch
     return 100 * (o.argmax(1) == y).sum().item() / len(y)
 
 
+def estimate_s(rows: Rows, students: list, data: common.Data, extractor: Extractor, hp, device) -> float:
+    """Seconds of a seed's run, by one batch through F and one step of a student."""
+    x = rows.images[:hp.batch_size + hp.unlabelled_batch]
+    t0 = time.time()
+    extractor(x)
+    f_s, t0 = (time.time() - t0) / len(x), time.time()
+    with seeded(0), common.autocast(device, hp.amp):
+        net = build("--target", hp.target, len(data.classes)).to(device).train()
+        out = net(common.to_input(x, data.mean, data.std, device))
+        (out if isinstance(out, Tensor) else out[0]).float().sum().backward()
+    step_s = time.time() - t0
+    per_student = hp.steps * step_s + len(data.test) / len(x) * step_s / 3
+    return f_s * (len(rows.images) + len(data.test)) + len(students) * per_student
+
+
 def print_table(table: dict[str, list[dict]], title: str) -> None:
     """Rows: methods, mean +- sample std over seeds. Columns: top-1 and what it cost."""
     print(f"\n{title}\n{'':<24}{'top-1 %':>15}{'step-1 params':>15}" + "".join(
@@ -801,6 +816,9 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
     """All methods on one draw of images. Returns the table's rows, method -> figures."""
     folder, rows, C = log.path.parent, rows_of(hp, data), len(data.classes)
     print(f"seed {hp.seed}: {rows.n_l} labelled and {rows.n_u} unlabelled images", flush=True)
+    students = [m for m in methods if m != "probe"]
+    whole_s = estimate_s(rows, students, data, extractor, hp, device)
+    print(f"about {whole_s / 60:.1f} minutes, by a first step", flush=True)
     features, forwards, features_s = cached_features(folder / "features.pt", extractor, rows.images)
     print(f"features: {features.shape[1]} numbers an image, of F's last feature and of "
           f"{len(extractor.taps)} depths{' (no blocks found)' * (not extractor.taps)}", flush=True)

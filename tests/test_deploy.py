@@ -87,8 +87,8 @@ def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fa
 
 
 @pytest.mark.parametrize("file, says", [
-    ("{root}/weights/fashion_resnet20.pt", "not a network packed by gdfq.py"),
-    ("{root}/README.md", "a network packed by gdfq.py"),
+    ("{root}/weights/fashion_resnet20.pt", "not a quantized.pt of gdfq.py"),
+    ("{root}/README.md", "a quantized.pt of gdfq.py"),
     ("none.pt", "no such file"),
 ])
 def test_what_is_no_packed_network_is_one_line(file, says, fails):

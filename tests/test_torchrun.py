@@ -139,7 +139,7 @@ def test_two_processes_print_the_table_of_tdmr_that_one_prints(tiny, tiny_weight
     assert len(accuracies[0]) == 2 and accuracies[0] == accuracies[1]
     # One seed: F's pass is shared, and the features are those of one process.
     out, _ = finished(torchrun(ROOT / "tdmr.py", f"{command} --seeds 1 --out {tmp_path}/shared"))
-    assert out.count("are reused, F does not run") == 2
+    assert out.count("is reused, F does not run") == 2
     one, two = (torch.load(tmp_path / f / "features.pt") for f in ("1/seed1", "shared"))
     assert one["key"] == two["key"] and torch.equal(one["features"], two["features"])
 

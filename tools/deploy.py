@@ -77,7 +77,7 @@ def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
 
 def rebuild(file: str, arch: str | None = None) -> tuple[nn.Module, dict]:
     """The network of a quantized.pt, in eval mode on the CPU, and what else the file says."""
-    packed = common.load_file(file, tuple(KINDS), "a network packed by gdfq.py")
+    packed = common.load_file(file, tuple(KINDS), "a quantized.pt of gdfq.py (of pack alone: unpack it)")
     common.check_kinds(packed, KINDS, file, "gdfq.py")
     if ":" in packed["arch"] and packed["arch"] != arch:  # a file of weights does not choose what is run
         raise InputError(f"{file}: holds a {packed['arch']}; repeat that behind --arch")

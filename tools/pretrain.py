@@ -135,6 +135,8 @@ def pretrain(hp: argparse.Namespace, data: common.Data, save: Path, device: torc
         first = state["epoch"] + 1
         print(f"resuming after epoch {first}", flush=True)
 
+    bar = common.Progress(first * steps, hp.epochs * steps)
+    ticks = iter(bar)
     for epoch in range(first, hp.epochs):
         model.train()
         # Of dropout and TrivialAugment; each epoch anew, so that --resume goes on with the same draws.
@@ -151,6 +153,8 @@ def pretrain(hp: argparse.Namespace, data: common.Data, save: Path, device: torc
             sched.step()
             loss_sum += loss.item()
             hits += (logits.argmax(1).cpu() == y).sum().item()
+            next(ticks)
+            bar.show(f"epoch {epoch + 1} | loss {loss.item():.3f}")
         n, train_s = steps * hp.batch_size, time.time() - t0
         mean_loss, acc_train = loss_sum / steps, 100 * hits / n
         line = f"epoch {epoch + 1:3d}/{hp.epochs} | loss {mean_loss:.4f} | train {acc_train:.2f}"
@@ -177,7 +181,11 @@ def pretrain(hp: argparse.Namespace, data: common.Data, save: Path, device: torc
 def short(arch: str, data: common.Data, save: Path, device: torch.device) -> float:
     """What common.find_weights falls back on for the embedded data: a few minutes."""
     amp = common.has_fast_bf16(device)
-    hp = common.defaults(build_parser, arch=arch, epochs=8, batch_size=64, lr=0.02, amp=amp)
+    hp = common.defaults(build_parser, arch=arch, epochs=8, batch_size=64, lr=0.02, amp=amp, resume=True)
+    try:
+        last_state(hp, save)
+    except InputError:  # that of another training
+        hp.resume = False
     return pretrain(hp, data, save, device, command="short pretraining", eval_every=8)
 
 

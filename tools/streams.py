@@ -8,6 +8,7 @@
 """
 
 import argparse
+import difflib
 import os
 from collections import Counter
 from pathlib import Path
@@ -173,6 +174,8 @@ def print_table(end: dict, counts: dict[str, Counter], images: int) -> None:
               f"cloud {end['cloud_ms_per_image']:.1f} ms an image;\n{c['refused_messages']} messages "
               f"refused; {c['bytes_down_stats'] / max(1, c['bytes_down']):.0%} of the bytes down are BN "
               "statistics")
+        if not c["cloud_forwards"]:
+            print("note: the cloud never learned, for fewer than --cloud-batch images came to it")
 
 
 def as_seen(x: Tensor, d: Tensor, i: Tensor, domains: list[Domain], severity: int, seed: int) -> Tensor:
@@ -187,8 +190,8 @@ def corruption_names(words: list[str]) -> list[str]:
     groups = {"all": CORRUPTIONS, "held-out": HELD_OUT}
     names = list(dict.fromkeys(n for w in words for n in groups.get(w, (w,))))
     if unknown := [n for n in names if n not in known()]:
-        raise InputError(f"--corruptions {unknown[0]}: unknown; expected all, held-out, or some of "
-                         f"{' '.join(known())}")
+        near = ", ".join(difflib.get_close_matches(unknown[0], known(), 3, 0))
+        raise InputError(f"--corruptions {unknown[0]}: unknown; expected all, held-out, or as in {near}")
     return names
 
 
