@@ -469,11 +469,11 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(go, tmp_path, monkeypatch, c
     """Fails if training goes on with NaN weights, or if the checkpoint is of after it."""
     loss, calls = gdfq.distillation_loss, []
 
-    def fifth_is_nan(*args):  # the first is that of the estimate
+    def sixth_is_nan(*args):  # the first two are those of the estimate
         calls.append(1)
-        return loss(*args) * (float("nan") if len(calls) == 5 else 1.0)
+        return loss(*args) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(gdfq, "distillation_loss", fifth_is_nan)
+    monkeypatch.setattr(gdfq, "distillation_loss", sixth_is_nan)
     with pytest.raises(SystemExit):
         go("--student-steps 1 --checkpoint-every 1")
     assert "loss_q at iteration 4 is nan, its gradient norm nan; lower --lr\n" in capsys.readouterr().err
