@@ -3,9 +3,9 @@
 It needs torch, torchvision, numpy and tqdm. From top to bottom:
 
     errors and machine      one-line user errors, device, mixed precision
-    several processes       what torchrun starts: their mean, their sum, a share of the images
+    several processes       what torchrun starts: their mean, what each found, a share of the images
     hyperparameters         flags as a namespace for importers, one optimizer step
-    networks                CIFAR-style ResNets; every torchvision classifier by its name
+    networks                CIFAR-style ResNets, every torchvision classifier, yours from a file
     data                    what a data set is, batches of it, augmentation; tools/data.py reads them
     weights                 checkpoints that know their own classes, normalisation and accuracy
     BatchNorm and entropy   batch moments with a fast gradient; H(x)

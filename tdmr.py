@@ -690,7 +690,8 @@ def estimate_s(rows: Rows, students: list, data: common.Data, extractor: Extract
         (out if isinstance(out, Tensor) else out[0]).float().sum().backward()
     step_s = time.time() - t0
     per_student = hp.steps * step_s + len(data.test) / len(x) * step_s / 3
-    return f_s * (len(rows.images) + len(data.test)) + len(students) * per_student
+    finetune_s = 3 * f_s * hp.steps * hp.batch_size * ("finetune" in students)  # F, there and back
+    return f_s * (len(rows.images) + len(data.test)) + len(students) * per_student + finetune_s
 
 
 def print_table(table: dict[str, list[dict]], title: str) -> None:

@@ -168,6 +168,7 @@ def pretrain(hp: argparse.Namespace, data: common.Data, save: Path, device: torc
         state = {name: common.state_of(part) for name, part in parts.items()}
         common.save_atomic({"args": common.flat(hp), **state, "epoch": epoch,
                             "wall_s": log.seconds() if log else 0.0}, file)
+    next(ticks, None)  # closes the bar
     if first >= hp.epochs:  # it was interrupted between its last epoch and its end
         acc = common.accuracy_pct(model, data, data.test, device)
     weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
