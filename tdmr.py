@@ -778,7 +778,9 @@ def main(args: argparse.Namespace) -> None:
         hp = argparse.Namespace(**vars(args), seed=seed)
         common.check_out(folders[seed], hp)
         few_shot(common.labels_of(data.train), data.classes, args, seed)
-    last_linear(build("--target", args.target, len(data.classes)), data.size, "--target")
+    C = len(data.classes)
+    if (n := last_linear(build("--target", args.target, C), data.size, "--target").out_features) != C:
+        raise InputError(f"--target {args.target}: knows {n} classes, the data have {C}")
     extractor = Extractor(load_foundation(args, device), args.taps, device, args.amp)
     print(f"device: {common.device_name(device)}, {torch.get_num_threads()} threads, "
           f"{'bf16' if args.amp else 'fp32'}")

@@ -69,6 +69,9 @@ def make_trained():
     import common
     return common.load_network({str(tiny_weights)!r}, "resnet8")[0]
 
+def make_three():
+    return Net(3)
+
 def make_list(n):
     return [n]
 

@@ -253,7 +253,7 @@ def test_shipped_weights_are_not_replaced_by_accident(fails):
 
 
 @pytest.mark.parametrize("command, says", [
-    ("--arch vit_b_16", "does not run on the 32 px"),
+    ("--arch vit_b_16", "(2, 3, 32, 32)"),
     ("--arch resnet1", "no such network"),
     ("--batch-size 65", "only 64 train images"),
     ("--batch-size 1", "at least 2"),

@@ -561,19 +561,21 @@ def test_an_unknown_keyword_is_a_type_error_and_a_wrong_value_an_input_error():
     ("--target resnet21", "--target resnet21: no such network"),
     ("--target squeezenet1_0", "--target: its feature cannot be found"),
     ("--target alexnet", "--target: does not run on 32 px images"),
+    ("--target {own}:make_three", "knows 3 classes, the data have 10"),
+    ("--foundation {own}:nothing --foundation-weights none", "has no attribute 'nothing'"),
     ("--methods tdmr magic", "--methods"),
     ("--seeds 1 1", "named twice"),
     ("--temperature 0", "--temperature"),
     ("--out {root}/README.md/x", "cannot be written"),
     ("--device tpu9", "not usable here"),
 ])
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(command, says, fails, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_leaves_nothing(command, says, fails, own, tmp_path, monkeypatch):
     """Fails if a traceback reaches the user, or a folder is made before the check."""
     if "w.pt" in command:
         torch.save(common.build_model("squeezenet1_0", 1000).state_dict(), tmp_path / "w.pt")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert says in fails(tdmr, command.format(root=common.ROOT, tmp=tmp_path))
+    assert says in fails(tdmr, command.format(root=common.ROOT, tmp=tmp_path, own=own))
     assert sorted(tmp_path.rglob("*")) == before
 
 

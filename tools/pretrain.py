@@ -222,11 +222,9 @@ def main(args: argparse.Namespace) -> None:
     data = common.load_data(args.dataset, args.data_dir, args.size)
     if data.train is None:
         raise InputError(f"--dataset {args.dataset}: no train/ folder beside val/")
-    try:  # a wrong name, size or --init ends here, before anything is written
-        network(args, data).eval()(torch.zeros(1, 3, data.size, data.size))
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--arch {args.arch}: does not run on the {data.size} px images of "
-                         f"{data.name} ({e})") from None
+    # A wrong name, size or --init ends here, before anything is written.
+    example = torch.zeros(2, 3, data.size, data.size)
+    common.check_network(network(args, data).eval(), example, len(data.classes))
     if (n := len(data.train)) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: {data.name} has only {n} train images")
     save = Path(args.save or ROOT / "weights" / f"{data.name}_{common.short_name(args.arch)}.pt")
