@@ -185,7 +185,7 @@ class ImageFolder(torch.utils.data.Dataset):
             try:
                 with Image.open(file) as image:  # reads no pixels
                     sides.append(min(image.size))
-            except Exception:  # noqa: `__getitem__` will say what is wrong with it
+            except Exception:  # `__getitem__` will say what is wrong with it
                 continue
         median = int(np.median(sides)) if sides else 224
         size = 32 if median <= 48 else 64 if median <= 96 else 224
