@@ -170,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of corruptions, order, replay, link")
     a("--seeds", type=number(int, 0, 2**31 - 1), nargs="+", help="a run and a folder each; None: --seed")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
+    a("--workers", type=number(int, 0, 256), help="that decode a folder's images; None: 1 to 8")
     a("--amp", action=yes_no, help="bf16 autocast in training; None: where the hardware has it")
     a("--score-foundation", action=yes_no, default=True, help="the rows of f; a forward of f an image")
     a("--resume", action=yes_no, default=False, help="go on from the last checkpoint; bitwise on a CPU")

@@ -98,7 +98,9 @@ def run(main, parse, argv: list[str] | None = None) -> None:
     rank = int(os.environ["RANK"]) if by_torchrun() else 0
     args = None
     try:
-        main(args := parse(argv))
+        args = parse(argv)
+        Workers.count = getattr(args, "workers", None)
+        main(args)
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
         time.sleep(10 * (rank > 0))  # torchrun ends the others once the first has said it
         text = re.sub(r"(?s)Caught InputError in DataLoader.*InputError: ", "", str(e))  # a worker's
@@ -190,6 +192,10 @@ def peak_mib() -> float:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
 
 
 @contextmanager
@@ -506,10 +512,25 @@ def batches(split, batch_size: int, generator: torch.Generator | None = None, au
         stop = n - n % batch_size if drop_last else n
         pairs = ((images[i], labels[i]) for i in order[:stop].split(batch_size))
     else:
-        pairs = DataLoader(split, batch_size, shuffle=generator is not None, generator=generator,
-                           num_workers=min(8, os.cpu_count() or 1), drop_last=drop_last)
+        pairs = loader(split, batch_size=batch_size, shuffle=generator is not None, generator=generator,
+                       drop_last=drop_last)
     for x, y in pairs:
         yield (crop_and_flip(x, generator) if augment else x), y
+
+
+class Workers:
+    count: int | None = None  # --workers, set by `run`
+
+
+def loader(split, **how) -> DataLoader:
+    """A DataLoader of images that lie on disk. Workers decode them ahead of the network, several batches
+    each; where there is a GPU, into memory that it can copy from while it computes.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun's processes, who share the cores
+    usual = min(8, max(1, (os.cpu_count() or 1) // here))
+    workers = usual if Workers.count is None else Workers.count
+    return DataLoader(split, num_workers=workers, prefetch_factor=4 if workers else None,
+                      pin_memory=torch.cuda.is_available(), **how)
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -527,7 +548,7 @@ def crop_and_flip(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def to_input(x: Tensor, mean: list[float], std: list[float], device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) -> the normalised float images a network sees, channels_last, on the device."""
-    x = x.to(device).float().div_(255)
+    x = x.to(device, non_blocking=x.is_pinned()).float().div_(255)
     x = (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -1042,7 +1063,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:
 
 
 # Flags that may differ when a run goes on, or is run again in its folder.
-NO_MATTER = ("out", "resume", "device", "checkpoint_every", "log_every", "seeds")
+NO_MATTER = ("out", "resume", "device", "checkpoint_every", "log_every", "seeds", "workers")
 
 
 def same_flags(args: argparse.Namespace, then: dict, what: str, advice: str) -> None:

@@ -140,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--out", help="folder of log and features; None: runs/tdmr/<flags>/seed0")
     a("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="a run and a folder each")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
+    a("--workers", type=number(int, 0, 256), help="that decode a folder's images; None: 1 to 8")
     a("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: where it is fast")
     return p
 
@@ -749,8 +750,9 @@ def take(split, index: Tensor) -> Tensor:
     """Images of a split by index, uint8 (n, 3, S, S)."""
     if isinstance(split, torch.utils.data.TensorDataset):
         return split.tensors[0][index]
-    images = [split[i][0] for i in index.tolist()]
-    return torch.stack(images) if images else torch.zeros(0, 3, split.size, split.size).byte()
+    chosen = torch.utils.data.Subset(split, index.tolist())
+    images = [x for x, _ in common.loader(chosen, batch_size=32)]
+    return torch.cat(images) if images else torch.zeros(0, 3, split.size, split.size).byte()
 
 
 def size_of(net: nn.Module) -> int:
@@ -822,7 +824,7 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
     print(f"seed {hp.seed}: {rows.n_l} labelled and {rows.n_u} unlabelled images", flush=True)
     students = [m for m in methods if m != "probe"]
     whole_s = estimate_s(rows, students, data, extractor, hp, device)
-    print(f"about {whole_s / 60:.1f} minutes, by a first step", flush=True)
+    print(f"about {common.duration(whole_s)}, by a first step", flush=True)
     features, forwards, features_s = cached_features(folder / "features.pt", extractor, rows.images)
     print(f"features: {features.shape[1]} numbers an image, of F's last feature and of "
           f"{len(extractor.taps)} depths{' (no blocks found)' * (not extractor.taps)}", flush=True)

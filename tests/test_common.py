@@ -151,6 +151,23 @@ def test_a_folder_is_read_at_a_size_that_fits(tmp_path, sides, size, capsys):
         common.load_data("fashion", size=40)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_decode_the_same_images_in_the_same_order(workers, tmp_path, monkeypatch):
+    """In as many processes as --workers says. Fails if the flag goes unread, or they mix the order up."""
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    (tmp_path / "val/ant").mkdir(parents=True)
+    for n in range(12):
+        Image.new("L", (32, 32), 20 * n).save(tmp_path / f"val/ant/{n:02d}.png")
+    data, asked, seen = common.load_data(str(tmp_path)), [], []
+    monkeypatch.setattr(common, "DataLoader",
+                        lambda *a, **k: asked.append(k["num_workers"]) or DataLoader(*a, **k))
+    main = lambda args: seen.extend(x[:, 0, 0, 0] for x, _ in common.batches(data.test, 2))
+    common.run(main, lambda argv: argparse.Namespace(workers=workers))
+    assert asked == [workers] and torch.cat(seen).tolist() == [20 * n for n in range(12)]
+
+
 @pytest.mark.parametrize("broken", ["half", "page", "float", "32 bits", "dark"])
 def test_a_broken_image_is_one_clear_line_with_its_name(broken, tmp_path, capsys):
     """Also from a worker process. Fails if the run ends without the name, or the image is made up."""

@@ -584,3 +584,17 @@ def test_torchvision_weights_that_cannot_be_had_are_one_line(fails, monkeypatch,
     monkeypatch.setattr("torchvision.models.get_model", lambda *args, **kwargs: 1 / 0)
     monkeypatch.chdir(tmp_path)
     assert "weights for resnet18 cannot be had" in fails(tdmr, "--foundation resnet18")
+
+
+def test_the_readmes_lines_run():
+    """Copied from the README, two steps long, with networks of one's own. Fails if a name in them is out of date."""
+    blocks = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(), re.S)
+    lines, = [b for b in blocks if "from tdmr import" in b]
+    own = lambda classes: common.build_model("resnet8", classes)
+    images = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8)
+    names = dict(torch=torch, device=CPU, classes=["a", "b", "c"], mean=[0.5] * 3, std=[0.25] * 3, its_mean=[0.5] * 3,
+                 its_std=[0.25] * 3, my_large_network=own(7), my_small_network=own(3), images=images[:12],
+                 labels=torch.arange(12) % 3, more_images=images[12:])
+    exec(lines.replace("parse([])", "parse(['--steps', '2'])").replace("224", "32"), names)
+    assert names["features"].shape[0] == 8 * 12 + 12 and names["logits"].shape == (108, 3)
+    assert not names["small"].training and names["small"](torch.zeros(2, 3, 32, 32)).shape == (2, 3)

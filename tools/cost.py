@@ -1,16 +1,22 @@
-"""What an iteration of GDFQ's published configuration costs, beside the same one written plainly.
+"""What an iteration of GDFQ's published configuration costs, and what reading JPEG files costs.
 
-    python tools/cost.py      # ResNet-20, 100 classes, batch 200, generator width 128; minutes on a CPU
+    python tools/cost.py            # ResNet-20, 100 classes, batch 200, generator width 128; minutes
+    python tools/cost.py loader     # images/s of files at 224 px, by the number of workers
 
-Plainly: fp32, NCHW, one torch op a line: mean and variance of each BN input, a quantizer of
-differentiable ops with a detached rounding. Same networks, losses, optimizers and batch, in the same
-process, alternating. The last line is the ratio of images/s. No data is needed:
-time does not depend on the weights' values.
+The iteration stands beside the same one written plainly: fp32, NCHW, one torch op a line: mean and
+variance of each BN input, a quantizer of differentiable ops with a detached rounding. Same networks,
+losses, optimizers and batch, in the same process, alternating. The last line is the ratio of images/s.
+No data is needed: time does not depend on the weights' values.
+
+loader makes JPEG files of 500 x 375 px and about 110 kB, as ImageNet's are, and reads them as every
+script does: alone, then for a network on the same machine, with the share of the time that it waits.
 """
 
 import argparse
 import copy
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -70,12 +76,70 @@ class Plain:
 
 def build_parser() -> argparse.ArgumentParser:
     p = common.Parser(prog="tools/cost.py", description=__doc__)
+    p.add_argument("what", nargs="?", default="iteration", choices=["iteration", "loader"])
     p.add_argument("--iterations", type=common.number(int, 1), default=10, help="timed, after two more")
+    p.add_argument("--images", type=common.number(int, 1), default=600, help="loader: files made")
+    p.add_argument("--arch", default="resnet18", help="loader: the network that waits for them")
+    p.add_argument("--device", default="auto", help="loader: of the network")
     p.add_argument("--out", default="runs/cost", help="folder for log.jsonl")
     return p
 
 
+def make_files(folder: Path, n: int) -> None:
+    """n JPEG files of smooth noise of all scales, which compresses as photographs do."""
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    folder.mkdir(parents=True)
+    for i in range(n):
+        scales = [torch.randn(1, 3, 375 // 2**k + 1, 500 // 2**k + 1) * 1.1**k for k in range(8)]
+        x = sum(F.interpolate(s, size=(375, 500), mode="bilinear") for s in scales)[0]
+        x = (x - x.mean()) / x.std() * 60 + 120
+        to_pil_image(x.clamp(0, 255).byte()).save(folder / f"{i}.jpg", quality=90)
+
+
+@torch.no_grad()
+def read(split, net, data: common.Data, device) -> tuple[float, float]:
+    """(images a second, share of the time in which the network, if any, waits for them)."""
+    t0 = time.perf_counter()
+    busy = 0.0
+    for x, _ in common.batches(split, 50):
+        t = time.perf_counter()
+        if net:
+            net(common.to_input(x, data.mean, data.std, device)).sum().item()
+        busy += time.perf_counter() - t
+    whole = time.perf_counter() - t0
+    return len(split) / whole, 1 - busy / whole
+
+
+def loader(args: argparse.Namespace) -> None:
+    """A line of the log a number of workers."""
+    device, log = common.pick_device(args.device), common.RunLog(Path(args.out))
+    log.start(args, device)
+    net = common.build_model(args.arch, 1000).eval().to(device, memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder:
+        make_files(Path(folder, "val", "a"), args.images)
+        data = common.load_data(folder)
+        kB = sum(f.stat().st_size for f in data.test.files) / len(data.test) / 1000
+        for workers in (0, 1, 2, 4, 8):
+            if workers > 2 and workers > (os.cpu_count() or 1):
+                break
+            common.Workers.count = workers
+            alone, _ = read(data.test, None, data, device)
+            together, waits = read(data.test, net, data, device)
+            print(f"{workers} workers: {alone:.0f} img/s alone, {together:.0f} img/s with {args.arch}, "
+                  f"which waits {waits:.0%} of the time", flush=True)
+            log.write("eval", workers=workers, img_per_s=alone, img_per_s_with_net=together,
+                      waits_pct=100 * waits)
+    ready = torch.utils.data.TensorDataset(torch.zeros(200, 3, data.size, data.size, dtype=torch.uint8),
+                                           torch.zeros(200))
+    rate, _ = read(ready, net, data, device)
+    log.write("end", img_per_s_net=rate, kB=kB, wall_s=log.seconds(), peak_mib=common.peak_mib())
+    print(f"{args.arch} alone: {rate:.0f} img/s; files of {kB:.0f} kB")
+
+
 def main(args: argparse.Namespace) -> None:
+    if args.what == "loader":
+        return loader(args)
     device, paper = torch.device("cpu"), dict(gdfq.PAPER)
     torch.manual_seed(0)
     paper |= dict(epochs=100, iters_per_epoch=1000, warmup_epochs=1, amp=common.has_fast_bf16(device))

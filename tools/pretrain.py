@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--out", help="folder for log.jsonl; None: runs/pretrain/<dataset>_<arch>")
     a("--seed", type=number(int, 0, 2**63 - 1), default=0, help="initialisation, order and augmentation")
     a("--device", default="auto", help="auto, cpu, cuda, mps")
+    a("--workers", type=number(int, 0, 256), help="that decode a folder's images; None: 1 to 8")
     a("--amp", action=yes_no, help="bf16 autocast; None: where the hardware has it")
     a("--resume", action=yes_no, default=False, help="go on after the last finished epoch")
     a("--per-class", type=number(int, 1), default=500, help="of embed: train images kept of each class")

@@ -9,7 +9,6 @@
 
 import argparse
 import difflib
-import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -86,8 +85,8 @@ class Stream(Dataset):
 
     def loader(self, positions: list[range]) -> DataLoader:
         """Batches at these positions; images that lie on disk are decoded by workers."""
-        workers = 0 if hasattr(self.domains[0].split, "tensors") else min(8, os.cpu_count() or 1)
-        return DataLoader(self, batch_sampler=positions, num_workers=workers)
+        make = DataLoader if hasattr(self.domains[0].split, "tensors") else common.loader
+        return make(self, batch_sampler=positions)
 
 
 class Tally:
