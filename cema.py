@@ -829,10 +829,7 @@ def out_folder(args: argparse.Namespace, data: common.Data) -> Path:
 
 
 def main(args: argparse.Namespace) -> None:
-    try:
-        from tools import streams  # the benchmark, which the method does not need
-    except ImportError:
-        raise InputError("no tools/streams.py, which makes the images: copy tools/, too") from None
+    streams = common.tool("streams")  # the benchmark, which the method does not need
     device = common.pick_device(args.device, several=True)
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data, domains, keep = streams.load_domains(args)

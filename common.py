@@ -7,7 +7,7 @@ It needs torch, torchvision, numpy and tqdm. From top to bottom:
     hyperparameters         flags as a namespace for importers, one optimizer step
     networks                CIFAR-style ResNets, every torchvision classifier, yours from a file
     data                    what a data set is, batches of it, augmentation; tools/data.py reads them
-    weights                 checkpoints that know their own classes, normalisation and accuracy
+    weights                 files written in one go, and read; tools/weights.py finds a network's
     BatchNorm and entropy   batch moments with a fast gradient; H(x)
     fake quantization       the quantizer, its EMA, bit packing
     evaluation and logs     top-1, one flat JSON object a line, a progress bar
@@ -204,6 +204,14 @@ def seeded(seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def tool(name: str):
+    """The module tools/<name>.py, late: importers of a class need none. InputError: it is not there."""
+    try:
+        return importlib.import_module(f"tools.{name}")
+    except ImportError as e:
+        raise InputError(f"no tools/{name}.py ({e}): copy tools/ along") from None
 
 
 # ===== Several processes ==============================================================================
@@ -487,11 +495,7 @@ NORMS = {
 
 def load_data(dataset: str, data_dir: str = "data", size: int | None = None) -> Data:
     """A data set by its name, a folder or a .npz, see tools/data.py. InputError: it cannot be read."""
-    try:
-        from tools import data
-    except ImportError:
-        raise InputError("no tools/data.py, which reads images: copy tools/ along") from None
-    return data.load(dataset, data_dir, size)
+    return tool("data").load(dataset, data_dir, size)
 
 
 def labels_of(split) -> Tensor:
@@ -585,131 +589,19 @@ def load_file(path: str | Path, keys: tuple[str, ...], what: str) -> dict:
     return obj
 
 
-def check_kinds(obj: dict, kinds: dict, file, maker: str) -> None:
-    """InputError where a value is not of the kind that the program `maker` writes."""
-    for key, kind in kinds.items():
-        if key in obj and not isinstance(obj[key], kind):
-            a = type(obj[key]).__name__
-            raise InputError(f"{file}: its {key} is a {a}, which {maker} does not write")
-
-
-# What a checkpoint may say of itself.
-ABOUT = {"classes": list, "mean": list, "std": list, "size": int, "acc_pct": (int, float), "arch": str,
-         "dataset": str}
-
-
 def load_network(file: Path, arch: str | None, num_classes: int | None = None,
                  flag: str = "--arch") -> tuple[nn.Module, dict]:
     """A network in eval mode from a checkpoint or a bare state_dict, and what the file says of itself.
 
     None: what the file says, else 1000 classes. Raises InputError for what does not fit.
     """
-    state, about = load_file(file, (), "a checkpoint"), {}
-    for key in ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema"):
-        if isinstance(state.get(key), dict):  # a wrapped one, by whatever program
-            state, about = state[key], {k: v for k, v in state.items() if k in ABOUT}
-            break
-    check_kinds(about, ABOUT, file, "tools/pretrain.py")
-    for key, least in (("mean", -math.inf), ("std", 0.0)):
-        values = about.get(key, [0.5] * 3)
-        kinds = {type(v) for v in values} <= {int, float}
-        if len(values) != 3 or not kinds or not all(least < v < math.inf for v in values):
-            raise InputError(f"{file}: its {key} is {values}; expected three numbers"
-                             f"{' above 0' * (key == 'std')}, of images in [0, 1]")
-    bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
-    if bad:
-        raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
-    # A bare state_dict ends with the bias of its head, one number a class.
-    rows = [len(v) for v in state.values() if isinstance(v, Tensor) and v.ndim]
-    known = len(about["classes"]) if "classes" in about else num_classes or (rows or [1000])[-1]
-    if num_classes not in (None, known):
-        raise InputError(f"{file}: was trained for {known} classes, the data have {num_classes}")
-    if not (arch or "arch" in about) or about.get("arch", arch) != (arch or about["arch"]):
-        holds = about.get("arch", "network without a name")
-        raise InputError(f"{file}: {flag} is {arch}, and the file holds a {holds}")
-    if arch is None and ":" in about["arch"]:  # a file of weights does not choose what code is run
-        raise InputError(f"{file}: holds a {about['arch']}; repeat that behind {flag}")
-    arch = about.get("arch", arch)
-    model = build_model(arch, known, flag=flag)
-    # DataParallel writes module. before each key, torch.compile _orig_mod., others net. or model.
-    own = model.state_dict().keys()
-    while not state.keys() & own and len({str(k).split(".")[0] for k in state}) == 1:
-        state = {str(k).partition(".")[2]: v for k, v in state.items()}
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as e:
-        first = " ".join(" ".join(str(e).split("\n")[:2]).split())
-        raise InputError(f"{file}: does not fit {arch} with {known} classes: {first[:200]}") from None
-    return model.eval(), about
-
-
-@torch.no_grad()
-def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
-    """Puts a network's outputs `names` into the order of the data's classes. InputError: other names."""
-    names = [str(n) for n in names]
-    if names == data.classes:
-        return
-    one, twice = sorted(set(names) ^ set(data.classes))[:1], len(set(names)) < len(names)
-    if one and any(all(str(n).isdigit() for n in known) for known in (names, data.classes)):
-        return  # known by number alone
-    if one or twice:
-        raise InputError(f"{file}: was trained for other classes than those of {data.name}: only one of "
-                         f"them knows {one[0]}" if one else f"{file}: names a class twice")
-    order = [names.index(n) for n in data.classes]
-    x = torch.rand(2, 3, data.size, data.size, device=next(model.parameters()).device)
-    before = model(x)
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    ends = [m for m in layers if len(m.weight) == len(names)]
-    for t in ends[-1].parameters() if ends else ():  # rows of the layer that the outputs come from
-        t.copy_(t[order])
-    if not torch.allclose(model(x), before[:, order], atol=1e-4):
-        raise InputError(f"{file}: has its classes in another order than {data.name}")
+    return tool("weights").load_network(file, arch, num_classes, flag)
 
 
 def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
                  device: torch.device) -> tuple[nn.Module, Data, str]:
-    """The full-precision network, the data with the network's normalisation, and a line on its origin.
-
-    In this order: `weights` if given, "none" for a network of yours that has its own;
-    weights/<data>_<arch>.pt; torchvision's DEFAULT for imagenet; for the embedded data a short
-    pretraining on its 5,000 train images, kept as weights/<data>_<arch>.pt.
-    """
-    C, shipped = len(data.classes), ROOT / "weights" / f"{data.name}_{short_name(arch)}.pt"
-    if weights == "none":
-        if ":" not in arch:
-            raise InputError(f"--weights none: {arch} has none of its own; only a FILE.py:NAME may")
-        return (*as_it_says(build_model(arch, C).eval(), {}, data, arch), f"{arch}: its own weights")
-    file = Path(weights) if weights else shipped
-    if not file.exists() and not weights:
-        if dataset == "imagenet" and C == 1000 and not CIFAR_ARCH.fullmatch(arch):
-            return build_model(arch, C, "DEFAULT").eval(), data, f"{arch}: torchvision's DEFAULT weights"
-        if dataset != "fashion" or ":" in arch:
-            none = ", or none, where the network has its own" * (":" in arch)
-            make = f"; make it with: python tools/pretrain.py --arch {arch} --dataset {dataset}"
-            raise InputError(f"no weights for {arch} on {data.name}: expected weights/{shipped.name} or "
-                             f"a file named by a flag{none}{make * (data.train is not None)}")
-        try:
-            from tools import pretrain
-        except ImportError:
-            raise InputError(f"no weights for {arch}: copy weights/ or tools/ along") from None
-        check_out(shipped.parent)
-        print(f"weights: none for {arch}; pretraining it on the 5,000 embedded images, once", flush=True)
-        pretrain.short(arch, data, shipped, device)
-    model, about = load_network(file, arch, C)
-    same_classes(model, about.get("classes", data.classes), data, file)
-    model, data = as_it_says(model, about, data, file)
-    shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
-    record = f", {about['acc_pct']:.2f} % by its own record" if "acc_pct" in about else ""
-    return model, data, f"{arch}: {shown}{record}"
-
-
-def as_it_says(model: nn.Module, about: dict, data: Data, file) -> tuple[nn.Module, Data]:
-    """The data with the normalisation that a file, or a network of yours, says. InputError: other px."""
-    says = {k: about.get(k, getattr(model, k, getattr(data, k))) for k in ("size", "mean", "std")}
-    if says["size"] != data.size:
-        raise InputError(f"{file}: is for images of {says['size']} px, these have {data.size} px; a "
-                         f"folder is read at any: --size {says['size']}")
-    return model, data._replace(**says)
+    """The full-precision network, the data with its normalisation, a line on its origin: see there."""
+    return tool("weights").find(arch, dataset, data, weights, device)
 
 
 # ===== BatchNorm and entropy =========================================================================

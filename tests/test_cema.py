@@ -918,7 +918,7 @@ def test_a_users_mistake_gets_one_line(command, words, tmp_path, fails):
 
 def test_without_tools_the_script_says_what_is_missing(fails, monkeypatch):
     """Fails if cema.py imports the benchmark at its top."""
-    monkeypatch.setitem(sys.modules, "tools", None)
+    monkeypatch.setitem(sys.modules, "tools.streams", None)
     assert "copy tools/" in fails(cema, "")
     assert "\nfrom tools" not in Path(cema.__file__).read_text()
 

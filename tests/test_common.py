@@ -192,9 +192,12 @@ def test_without_data_the_script_says_what_to_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "ROOT", tmp_path)
     with pytest.raises(InputError, match="copy data/ along, or make it anew with"):
         common.load_data("fashion")
-    monkeypatch.setitem(sys.modules, "tools", None)
-    with pytest.raises(InputError, match="copy tools/ along"):
+    for name in ("data", "weights"):
+        monkeypatch.setitem(sys.modules, f"tools.{name}", None)
+    with pytest.raises(InputError, match="no tools/data.py .* copy tools/ along"):
         common.load_data("fashion")
+    with pytest.raises(InputError, match="no tools/weights.py .* copy tools/ along"):
+        common.find_weights("resnet20", "fashion", None, None, "cpu")
 
 
 def npz_of(path, train_y, test_y, classes=None, side=32):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 from common import InputError  # noqa: E402
 from gdfq import float_state, quantize, quantized_layers  # noqa: E402
+from tools.weights import check_kinds, same_classes  # noqa: E402
 
 KINDS = {"codes": Tensor, "steps": Tensor, "zeros": Tensor, "floats": Tensor, "arch": str,
          "dataset": str, "classes": list, "mean": list, "std": list, "size": int, "wbits": int,
@@ -78,7 +79,7 @@ def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
 def rebuild(file: str, arch: str | None = None) -> tuple[nn.Module, dict]:
     """The network of a quantized.pt, in eval mode on the CPU, and what else the file says."""
     packed = common.load_file(file, tuple(KINDS), "a quantized.pt of gdfq.py (of pack alone: unpack it)")
-    common.check_kinds(packed, KINDS, file, "gdfq.py")
+    check_kinds(packed, KINDS, file, "gdfq.py")
     if ":" in packed["arch"] and packed["arch"] != arch:  # a file of weights does not choose what is run
         raise InputError(f"{file}: holds a {packed['arch']}; repeat that behind --arch")
     model = common.build_model(packed["arch"], len(packed["classes"]))
@@ -98,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     if len(data.classes) != len(packed["classes"]):
         raise InputError(f"{args.file}: made for {len(packed['classes'])} classes; {data.name} has "
                          f"{len(data.classes)}")
-    common.same_classes(q, packed["classes"], data, args.file)
+    same_classes(q, packed["classes"], data, args.file)
     print(f"{args.file}: {packed['arch']} W{packed['wbits']}A{packed['abits']} on {data.name}")
     data = data._replace(mean=packed["mean"], std=packed["std"])
     print(f"top-1 {common.accuracy_pct(q.to(device), data, data.test, device):.2f} %")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 from common import ROOT, InputError, number  # noqa: E402
+from tools.weights import same_classes  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +71,7 @@ def network(hp: argparse.Namespace, data: common.Data) -> nn.Module:
     """With random weights, or those of --init."""
     if hp.init:
         model, about = common.load_network(Path(hp.init), hp.arch, len(data.classes))
-        common.same_classes(model, about.get("classes", data.classes), data, hp.init)
+        same_classes(model, about.get("classes", data.classes), data, hp.init)
         return model
     return common.build_model(hp.arch, len(data.classes))
 
