@@ -949,4 +949,4 @@ def test_help_needs_neither_data_nor_network_and_every_flag_is_read():
     source = "".join((common.ROOT / file).read_text() for file in files)
     for action in cema.build_parser()._actions[1:]:
         assert action.help and action.option_strings[0] in done.stdout, action.dest
-        assert re.search(rf"\b(args|hp)\.{action.dest}\b", source), action.dest
+        assert re.search(rf"\b(args|hp)\.{action.dest}\b|\"{action.dest}\"", source), action.dest
