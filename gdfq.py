@@ -36,8 +36,9 @@ Protocol: the questions that are otherwise asked in issues.
     Which parameters move?   All of G. In Q: weights, biases, BN gamma and beta.
     Which mode?              G always train. M and Q always eval: "fixed BN statistics".
     Which layers?            Every Conv2d and Linear, first and last included; BN is not folded.
-    Which activations?       Behind every call of a ReLU and its kin, one range a tensor. Not the input
-                             image, the pooled feature, residual operands, linear bottlenecks.
+    Which activations?       Behind every call of a ReLU and its kin, one range a tensor. The image, sums
+                             and bottlenecks, the pooled feature: only by --quantize-input, -add,
+                             -pool, as integer layers need them. Residual operands never.
     Which accuracy?          The last state's, fp32 arithmetic, whole test set; published code prints the
                              best epoch's. A run chooses nothing on test images. The fast recipe's
                              constants were chosen on Fashion-MNIST's, but for the percentile; that and
@@ -68,6 +69,7 @@ Departures from paper and published code, with the flag that goes back. --recipe
 import argparse
 import copy
 import inspect
+import itertools
 import math
 import operator
 import time
@@ -114,6 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
     a("--wbits", type=bits, default=4, help="bits of a weight, 2 to 8")
     a("--abits", type=bits, default=4, help="bits of an activation, 2 to 8")
     a("--first-last-bits", type=bits, help="of these layers' weights; None: --wbits, as published")
+    a("--quantize-input", action=yes_no, default=False, help="the images as well, to 8 bits")
+    a("--quantize-add", action=yes_no, default=False, help="sums and bottlenecks that a layer reads")
+    a("--quantize-pool", action=yes_no, default=False, help="the pooled feature; published: none")
     a = p.add_argument_group("schedule").add_argument
     a("--recipe", default="fast", choices=list(RECIPES), help="other flags still win")
     a("--epochs", type=number(int, 1), default=10, help="length of the run; published: 400")
@@ -243,6 +248,24 @@ def activation_calls(q: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return list(dict.fromkeys(found))
 
 
+# What moves or selects values and makes no new ones: a quantized tensor stays quantized.
+MOVES = (nn.Flatten, nn.Dropout, nn.Dropout2d, nn.Identity, nn.MaxPool2d, torch.flatten, F.dropout,
+         F.max_pool2d, "flatten", "view", "reshape", "permute", "transpose", "contiguous")
+POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean")
+
+
+def layer_inputs(q: torch.fx.GraphModule) -> dict[str, torch.fx.Node]:
+    """What each Conv2d and Linear that is called reads: layer -> the node that made its values."""
+    found = {}
+    for node in q.graph.nodes:
+        if node.op == "call_module" and isinstance(q.get_submodule(node.target), (nn.Conv2d, nn.Linear)):
+            source = node.all_input_nodes[0]
+            while source.op != "placeholder" and kind_of(q, source) in MOVES:
+                source = source.all_input_nodes[0]
+            found[node.target] = source
+    return found
+
+
 class WeightQuantizer(nn.Module):
     """Weight (C_out, ...) -> fake-quantized weight; min and max per output channel, in every forward."""
 
@@ -308,24 +331,34 @@ def observing(q: nn.Module):
 
 def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
              first_last_bits: int | None = None, percentile: float | None = None,
-             ema_momentum: float = 0.9) -> nn.Module:
+             ema_momentum: float = 0.9, also: list[str] = ()) -> nn.Module:
     """A fake-quantized copy of `model` in eval mode; `model` itself is not touched.
 
     Every Conv2d and Linear gets a WeightQuantizer (a parametrization of its `weight`), every activation
-    call an ActivationQuantizer, with a range from `example` (B, ...), normalised as the model expects.
-    Raises InputError for bits outside 2..8, and for a model that torch.fx cannot trace.
+    call an ActivationQuantizer, with a range from `example` (B, ...), normalised as the model expects;
+    `also`: "input", "add", "pool", where a layer reads what no activation made. Raises InputError for
+    bits outside 2..8, and for a model that torch.fx cannot trace.
     """
     if any(bits not in range(2, 9) for bits in (wbits, abits, first_last_bits or 8)):
         raise InputError(f"W{wbits}A{abits}, first and last {first_last_bits}: expected 2 to 8 bits")
     percentile = usual_percentile(abits) if percentile is None else percentile
-    q, layers = trace(model), {}
+    q, layers, n = trace(model), {}, itertools.count()
+
+    def insert(node: torch.fx.Node, bits: int, percentile: float) -> None:
+        name = f"act_quant{next(n)}"
+        q.add_submodule(name, ActivationQuantizer(bits, ema_momentum, percentile))
+        with q.graph.inserting_after(node):
+            quantized = q.graph.call_module(name, (node,))
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+
     # torchvision's residual blocks call ONE nn.ReLU module twice. Swapping modules, as published code
     # does, gives both places one range; walking the graph gives every call its own.
-    for i, node in enumerate(activation_calls(q)):
-        q.add_submodule(f"act_quant{i}", ActivationQuantizer(abits, ema_momentum, percentile))
-        with q.graph.inserting_after(node):
-            quantized = q.graph.call_module(f"act_quant{i}", (node,))
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+    for node in activation_calls(q):
+        insert(node, abits, percentile)
+    for node in dict.fromkeys(layer_inputs(q).values() if also else ()):
+        place = "pool" if kind_of(q, node) in POOLS else "input" if node.op == "placeholder" else "add"
+        if place in also and kind_of(q, node) is not ActivationQuantizer:
+            insert(node, *((8, 100.0) if place == "input" else (abits, percentile)))  # a camera's bits
     q.recompile()
     originals = dict(model.named_modules())
     for node in q.graph.nodes:
@@ -338,7 +371,8 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
             raise InputError(f"{name}: its weight is made by a parametrization; remove that first")
         bits = first_last_bits if first_last_bits and i in (0, len(layers) - 1) else wbits
         parametrize.register_parametrization(layer, "weight", WeightQuantizer(bits))
-    q.meta["bits"] = {"wbits": wbits, "abits": abits, "first_last_bits": first_last_bits}
+    q.meta["bits"] = {"wbits": wbits, "abits": abits, "first_last_bits": first_last_bits,
+                      "also": list(also)}
     with observing(q):
         common.check_network(q.to(example.device), example)
     left = [n for n, p in q.named_parameters() if p.ndim > 1 and not n.endswith(".weight.original")]
@@ -349,6 +383,11 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
         warnings.warn(f"{share:.0%} of the parameters, besides biases and norm layers, stay in fp32, "
                       f"as does what no quantizer knows: {', '.join(named)}")
     return q
+
+
+def also(hp: argparse.Namespace) -> list[str]:
+    asked = {"input": hp.quantize_input, "add": hp.quantize_add, "pool": hp.quantize_pool}
+    return [place for place, on in asked.items() if on]
 
 
 def record_bn_statistics(model: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
@@ -458,7 +497,7 @@ class GDFQ:
         bits = hp.wbits, hp.abits, hp.first_last_bits
         noise = noise.to(self.device)
         common.check_network(self.teacher, noise, num_classes)
-        self.student = quantize(self.teacher, noise, *bits, hp.percentile, hp.ema_momentum)
+        self.student = quantize(self.teacher, noise, *bits, hp.percentile, hp.ema_momentum, also(hp))
         self.student.requires_grad_(True)
         self.share_ranges()
         # Only now: recorded before the copy, Q would carry the hooks, too.
@@ -591,7 +630,7 @@ def pack(q: nn.Module) -> dict:
     codes   uint8, wbits a weight: 4-bit codes lie two in a byte
     steps   fp32, one s an output channel;  zeros  uint8, one -z an output channel
     floats  fp32, float_state
-    and wbits, abits, first_last_bits, as `quantize` takes them
+    and wbits, abits, first_last_bits, also, as `quantize` takes them
     """
     codes, steps, zeros, floats = [], [], [], [t.detach().cpu().flatten() for t in float_state(q)]
     for layer in quantized_layers(q):
@@ -701,7 +740,7 @@ def untrained(model: nn.Module, size: int, args, device) -> Iterator[tuple[str, 
     for name, percentile in {"noise": 100.0, "noise_clipped": args.percentile}.items():
         if name == "noise" or percentile < 100:
             bits = args.wbits, args.abits, args.first_last_bits
-            yield f"acc_ptq_{name}_pct", quantize(model, noise, *bits, percentile)
+            yield f"acc_ptq_{name}_pct", quantize(model, noise, *bits, percentile, also=also(args))
 
 
 def out_folder(args: argparse.Namespace, data: common.Data) -> Path:

@@ -3,6 +3,10 @@
 Each docstring ends with the change under which its test was seen to fail.
 """
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +98,100 @@ def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fa
 def test_what_is_no_packed_network_is_one_line(file, says, fails):
     """Fails if a checkpoint's missing keys end in a traceback."""
     assert says in fails(deploy, f"evaluate {file.format(root=common.ROOT)}")
+
+
+ALSO = dict(quantize_input=True, quantize_add=True, quantize_pool=True)
+
+
+@pytest.fixture
+def packed_file(model, tiny, tmp_path):
+    """packed_file(flags) -> a quantized.pt of the tiny network, trained for a moment, and its student."""
+    def make(**flags):
+        student, data = trained(model, **flags).student, common.load_data(str(tiny))
+        about = ABOUT | dict(dataset=str(tiny), classes=data.classes, mean=data.mean, std=data.std)
+        torch.save(gdfq.pack(student) | about, tmp_path / "q.pt")
+        return tmp_path / "q.pt", student
+    return make
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_compute_what_the_floats_simulate(bits, packed_file, capsys):
+    """Every layer within 1e-4, every answer. Fails if a zero point is left out of the sums, or padding is not 0."""
+    file, _ = packed_file(wbits=bits, abits=bits, **ALSO)
+    deploy.main(deploy.parse(["check", str(file)]))
+    *table, last = capsys.readouterr().out.splitlines()[2:]
+    assert len(table) == 10 and all(float(line.split()[-1]) < 1e-4 for line in table)
+    assert last.startswith("0 of 32 answers differ")
+
+
+def test_a_layer_that_reads_floats_is_named(packed_file, capsys):
+    """As published, the image and the pooled feature are fp32. Fails if they count as checked."""
+    deploy.main(deploy.parse(["check", str(packed_file()[0])]))
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "reads fp32" in line]
+    assert named == ["conv1", "fc"]
+
+
+def test_every_layer_of_a_bottleneck_network_reads_integers_if_asked():
+    """Fails if MobileNetV2's sums and linear bottlenecks, which no activation follows, are passed over."""
+    net = common.build_model("mobilenet_v2", 5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    quantizers = lambda q: [q.get_submodule(n.target) if n.op == "call_module" else None
+                            for n in gdfq.layer_inputs(q).values()]
+    is_one = lambda m: isinstance(m, gdfq.ActivationQuantizer)
+    without, all_ = (quantizers(gdfq.quantize(net, x, 4, 4, also=a)) for a in ((), ("input", "add", "pool")))
+    assert len(all_) == 53 and all(map(is_one, all_)) and sum(map(is_one, without)) == 34
+    assert all_[0].bits == 8 and {m.bits for m in all_[1:]} == {4}
+
+
+LOAD = """
+import sys, torch
+net, x, y = torch.export.load(sys.argv[1]).module(), *torch.load(sys.argv[2])
+assert "common" not in sys.modules and "gdfq" not in sys.modules
+out = net(x)
+assert (out - y).abs().max() < 1e-5 and (out.argmax(1) == y.argmax(1)).all()
+assert net(x[:1]).shape == (1, 4)
+"""
+
+
+def test_an_exported_network_needs_torch_alone(packed_file, tmp_path):
+    """In a process that cannot import this repository. Fails if the batch is fixed, or floats take the codes' place."""
+    file, student = packed_file(**ALSO)
+    deploy.main(deploy.parse(["export", str(file), str(tmp_path / "m.pt2")]))
+    torch.save((X, student(X)), tmp_path / "xy.pt")
+    done = subprocess.run([sys.executable, "-I", "-c", LOAD, tmp_path / "m.pt2", tmp_path / "xy.pt"], cwd="/",
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    held = torch.export.load(tmp_path / "m.pt2").state_dict
+    assert sum(t.numel() for t in held.values() if t.dtype == torch.uint8) == sum(
+        p.numel() for p in student.parameters() if p.ndim > 1)
+    assert str(common.ROOT).encode() not in (tmp_path / "m.pt2").read_bytes()
+
+
+def test_an_onnx_file_gives_the_same_logits(packed_file, tmp_path, monkeypatch, fails):
+    """Where onnx is installed, else one clear line. Fails if it is written half."""
+    file, _ = packed_file()
+    command = f"export {file} {tmp_path}/m.onnx"
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "pip install onnx onnxscript" in fails(deploy, command)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["q.pt"]
+    monkeypatch.undo()
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    deploy.main(deploy.parse(command.split()))
+    assert (tmp_path / "m.onnx").exists()
+
+
+def test_info_says_where_the_bytes_are(packed_file, capsys):
+    """Fails if codes and the rest do not add up to the file, or its entropy is above its bits."""
+    file, _ = packed_file(wbits=3)
+    deploy.main(deploy.parse(["info", str(file)]))
+    *layers, whole = capsys.readouterr().out.splitlines()
+    size, codes, bound, rest = map(float, re.findall(r"\d+\.\d", whole))
+    assert len(layers) == 10 and all(" 3 bits" in line for line in layers)
+    assert codes + rest < size < codes + rest + 4 and 0.5 * codes < bound <= codes
+
+
+@pytest.mark.parametrize("command", ["export {q}", "export {q} m.pt", "evaluate {q} m.pt2"])
+def test_only_export_writes_a_file(command, packed_file, fails):
+    """Fails if a file is named and nothing is written, or the other way round."""
+    assert "export needs a file to write" in fails(deploy, command.format(q=packed_file()[0]))

@@ -1,12 +1,20 @@
-"""What comes after gdfq.py: rebuild a network from the integers of quantized.pt, and measure it.
+"""What comes after gdfq.py: the network of a quantized.pt, measured, checked, exported.
 
-    python tools/deploy.py evaluate runs/gdfq/fashion_resnet20_w4a4/seed0/quantized.pt
+    python tools/deploy.py evaluate <out>/quantized.pt          # top-1: the run's own, to the bit
+    python tools/deploy.py info <out>/quantized.pt              # layers, bits, bytes, and two bounds
+    python tools/deploy.py check <out>/quantized.pt             # the same in integer arithmetic
+    python tools/deploy.py export <out>/quantized.pt model.pt2  # for torch.export.load, with torch alone
+    python tools/deploy.py export <out>/quantized.pt model.onnx # where onnx and onnxscript are installed
 
-The last line is the top-1 accuracy, equal to the run's own: the integers reproduce every logit.
+check needs integers at the input of every layer: of a network made with gdfq.py --quantize-input
+--quantize-add --quantize-pool; a layer that reads fp32 is named and stays in fp32.
 """
 
 import argparse
+import gzip
+import importlib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -18,18 +26,20 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 from common import InputError  # noqa: E402
-from gdfq import float_state, quantize, quantized_layers  # noqa: E402
+from gdfq import (ActivationQuantizer, float_state, layer_inputs, quantize,  # noqa: E402
+                  quantized_layers)
 from tools.weights import check_kinds, same_classes  # noqa: E402
 
 KINDS = {"codes": Tensor, "steps": Tensor, "zeros": Tensor, "floats": Tensor, "arch": str,
          "dataset": str, "classes": list, "mean": list, "std": list, "size": int, "wbits": int,
-         "abits": int, "first_last_bits": (int, type(None)), "transform_input": bool}
+         "abits": int, "first_last_bits": (int, type(None)), "also": list, "transform_input": bool}
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = common.Parser(prog="tools/deploy.py", description=__doc__)
-    p.add_argument("what", choices=["evaluate"], help="evaluate: top-1 on the test images")
+    p.add_argument("what", choices=["evaluate", "info", "check", "export"], help="see above")
     p.add_argument("file", help="a quantized.pt")
+    p.add_argument("to", nargs="?", help="of export: the file to write, .pt2 or .onnx")
     p.add_argument("--arch", help="where the file holds a network of yours: the FILE.py:NAME again")
     p.add_argument("--dataset", help="as in gdfq.py; None: the one that the file names")
     p.add_argument("--data-dir", default="data", help="where cifar and imagenet lie")
@@ -44,14 +54,29 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     return torch.from_numpy((b * weights).sum(1, dtype=np.uint8))
 
 
+class Dequantize(nn.Module):
+    """Codes (C_out, ...) uint8 -> weights s (q + z), fp32: what an exported file computes from them."""
+
+    def __init__(self, s: Tensor, zero: Tensor, bits: int):
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("s", s)
+        self.register_buffer("zero", zero)
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.s * (code.float() - self.zero)
+
+
 @torch.no_grad()
-def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
+def unpack(packed: dict, model: nn.Module, example: Tensor, integers: bool = False) -> nn.Module:
     """The quantized network of gdfq.pack, in eval mode. `model` is of the same architecture, with any
-    weights, and not touched; example (B, ...): an input of it.
+    weights, and not touched; example (B, ...): an input of it. integers: its layers hold the codes
+    themselves, uint8, and dequantize them in every forward; else fp32 weights.
 
     Every logit is reproduced to the bit. Raises InputError where the two do not belong together.
     """
-    q = quantize(model, example, packed["wbits"], packed["abits"], packed["first_last_bits"])
+    bits = packed["wbits"], packed["abits"], packed["first_last_bits"]
+    q = quantize(model, example, *bits, also=packed.get("also", []))
     layers, floats = quantized_layers(q), float_state(q)
     bits = [layer.parametrizations.weight[0].bits for layer in layers]
     channels = [layer.weight.shape[0] for layer in layers]
@@ -67,18 +92,27 @@ def unpack(packed: dict, model: nn.Module, example: Tensor) -> nn.Module:
     for layer, k, code, s, zero in zip(layers, bits, codes, steps, zeros):
         shape = layer.weight.shape
         to = (-1,) + (1,) * (len(shape) - 1)
-        code = unpack_bits(code, k, shape.numel()).view(shape).float()
+        code = unpack_bits(code, k, shape.numel()).view(shape)
+        weight = Dequantize(s.view(to), zero.float().view(to), k)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        w = torch.empty_like(layer.weight).copy_(s.view(to) * (code - zero.float().view(to)))
-        layer.weight = nn.Parameter(w)  # x_hat = s (q + z); its own, also where two layers shared one
+        # In the same memory format: sums in another order may round to another code.
+        code = torch.empty_like(layer.weight, dtype=torch.uint8).copy_(code)
+        del layer.weight
+        if integers:
+            layer.register_buffer("weight", code)
+            parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
+        else:  # its own, also where two layers shared one
+            layer.weight = nn.Parameter(weight(code))
+            layer.register_buffer("step", weight.s, persistent=False)
     for t, part in zip(floats, packed["floats"].split(lengths)):
         t.copy_(part.view(t.shape))
     return q
 
 
-def rebuild(file: str, arch: str | None = None) -> tuple[nn.Module, dict]:
+def rebuild(file: str, arch: str | None = None, integers: bool = False) -> tuple[nn.Module, dict]:
     """The network of a quantized.pt, in eval mode on the CPU, and what else the file says."""
-    packed = common.load_file(file, tuple(KINDS), "a quantized.pt of gdfq.py (of pack alone: unpack it)")
+    needs = tuple(k for k in KINDS if k != "also")  # older files are of none
+    packed = common.load_file(file, needs, "a quantized.pt of gdfq.py (of pack alone: unpack it)")
     check_kinds(packed, KINDS, file, "gdfq.py")
     if ":" in packed["arch"] and packed["arch"] != arch:  # a file of weights does not choose what is run
         raise InputError(f"{file}: holds a {packed['arch']}; repeat that behind --arch")
@@ -86,12 +120,154 @@ def rebuild(file: str, arch: str | None = None) -> tuple[nn.Module, dict]:
     model.to(memory_format=torch.channels_last)
     model.transform_input = packed["transform_input"]
     example = torch.zeros(1, 3, packed["size"], packed["size"])
-    return unpack(packed, model, example), packed
+    return unpack(packed, model, example, integers), packed
+
+
+# ===== Integer arithmetic =============================================================================
+
+
+class IntegerCheck:
+    """Every layer's output by integers: sums of products of codes, exact in int32, then scale and bias.
+
+        y_c = s_x s_c  sum (q_x + z_x) (q_w + z_c)  +  bias_c
+
+    Hooks put it in the place of the floats' output, and note the largest relative difference.
+    """
+
+    def __init__(self, q: nn.Module):
+        self.worst, self.in_fp32 = {}, []
+        for name, source in layer_inputs(q).items():
+            quantizer = q.get_submodule(source.target) if source.op == "call_module" else None
+            if isinstance(quantizer, ActivationQuantizer):
+                self.watch(name, q.get_submodule(name), quantizer)
+            else:
+                self.in_fp32.append(name)
+
+    def watch(self, name: str, layer: nn.Module, quantizer: ActivationQuantizer) -> None:
+        s_x, _ = common.step_and_zero(quantizer.lo, quantizer.hi, quantizer.bits)
+        to = (-1,) + (1,) * (layer.weight.ndim - 2)
+        scale, bias = (s_x * layer.step).view(to).double(), 0.0
+        # The layer's own stride and padding: a padded 0 is the integer 0, too. Doubles hold integers up to
+        # 2^53, so these sums are exact, in whatever order.
+        sums_of = common.copy_of(layer).double()
+        sums_of.weight.copy_(torch.round(layer.weight / layer.step))
+        if layer.bias is not None:
+            sums_of.bias.zero_()
+            bias = layer.bias.view(to)
+        self.worst[name] = 0.0
+
+        def replace(layer, inputs, out):
+            sums = sums_of(torch.round(inputs[0] / s_x).double())
+            if sums.abs().max() >= 2**31:
+                raise InputError(f"{name}: a sum does not fit int32")
+            y = (scale * sums + bias).float()
+            apart = ((y - out).abs().max() / out.abs().max().clamp_min(1e-30)).item()
+            self.worst[name] = max(self.worst[name], apart)
+            return y
+        layer.register_forward_hook(replace)
+
+
+@torch.no_grad()
+def check(q: nn.Module, data: common.Data, device: torch.device) -> None:
+    """Prints how far each layer's integers lie from fake-quantized floats, and what answers differ."""
+    torch.backends.cudnn.allow_tf32 = False
+    integer, differ, right = common.copy_of(q), 0, 0
+    watch = IntegerCheck(integer)
+    for x, y in common.batches(data.test, 250 if data.size <= 64 else 50):
+        x = common.to_input(x, data.mean, data.std, device)
+        answers = integer(x).argmax(1).cpu()
+        differ += (answers != q(x).argmax(1).cpu()).sum().item()
+        right += (answers == y).sum().item()
+    print(f"{'layer':<44}largest difference, relative")
+    for name, apart in watch.worst.items():
+        print(f"{name:<44}{apart:.1e}")
+    for name in watch.in_fp32:
+        print(f"{name:<44}reads fp32: gdfq.py --quantize-input --quantize-add --quantize-pool")
+    n = len(data.test)
+    print(f"{differ} of {n} answers differ; top-1 {100 * right / n:.2f} % in integer arithmetic")
+
+
+# ===== What the file holds ============================================================================
+
+
+def info(q: nn.Module, packed: dict, size: int) -> None:
+    """A line a layer, with a bar of its bytes; then the whole file beside two bounds."""
+    names, layers, bound = {m: name for name, m in q.named_modules()}, quantized_layers(q), 0.0
+    codes = [m.parametrizations.weight.original for m in layers]
+    every = [m.parametrizations.weight[0].bits for m in layers]
+    kB = [code.numel() * bits / 8000 for code, bits in zip(codes, every)]
+    for layer, code, bits, k in zip(layers, codes, every, kB):
+        p = torch.bincount(code.flatten().int()) / code.numel()
+        bound -= code.numel() * (p * p.clamp_min(1e-30).log2()).sum().item() / 8000
+        shape = "x".join(map(str, code.shape))
+        bar = "#" * round(24 * k / max(kB))
+        print(f"{names[layer]:<36}{shape:>18}{bits:>3} bits{k:>9.1f} kB  {bar}")
+    rest = sum(packed[key].numel() * packed[key].element_size() for key in ("steps", "zeros", "floats"))
+    print(f"{size / 1000:.1f} kB: codes {sum(kB):.1f} (their entropy: {bound:.1f}), steps, biases, "
+          f"norms and ranges {rest / 1000:.1f}")
+    fp32 = common.ROOT / "weights" / f"{packed['dataset']}_{common.short_name(packed['arch'])}.pt"
+    if fp32.exists():
+        whole = fp32.read_bytes()
+        print(f"{fp32.name}: {len(whole) / 1000:.1f} kB, by gzip {len(gzip.compress(whole)) / 1000:.1f}")
+
+
+# ===== Export =========================================================================================
+
+
+@torch.no_grad()
+def export(q: nn.Module, size: int, to: Path) -> None:
+    """Writes the network, its weights as integers, any number of images a batch; then reads it back."""
+    example = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(q, (example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        # The rest of it is half of the file, and full of this machine's paths.
+        node.meta = {k: v for k, v in node.meta.items() if k in ("val", "unbacked_bindings")}
+    tmp = to.with_name(f"{to.stem}.{os.getpid()}.tmp{to.suffix}")
+    try:
+        if to.suffix == ".pt2":
+            torch.export.save(program, tmp)
+            again = torch.export.load(tmp).module()
+        else:
+            again = export_onnx(program, example, tmp)
+        apart = (again(example[:2]) - q(example[:2])).abs().max().item() if again else math.nan
+        os.replace(tmp, to)
+    finally:
+        tmp.unlink(missing_ok=True)
+    checked = f"its logits lie within {apart:.0e}" if again else "not run: no onnxruntime"
+    print(f"{to}: {to.stat().st_size / 1000:.1f} kB; {checked}")
+
+
+def export_onnx(program, example: Tensor, to: Path):
+    """Writes the .onnx; what runs it, x -> logits, or None without onnxruntime."""
+    try:
+        for name in ("onnx", "onnxscript"):
+            importlib.import_module(name)
+    except ImportError as e:
+        raise InputError(f"export to .onnx needs {e.name}: pip install onnx onnxscript") from None
+    torch.onnx.export(program, (example,), to, dynamo=True, external_data=False, verbose=False)
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session = onnxruntime.InferenceSession(str(to))
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+# ===== Run ============================================================================================
 
 
 def main(args: argparse.Namespace) -> None:
+    if (args.what == "export") != (Path(args.to or "").suffix in (".pt2", ".onnx")):
+        raise InputError(f"{args.what} {args.to or ''}: export needs a file to write, .pt2 or .onnx, "
+                         "and the others take none")
     device = common.pick_device(args.device)
-    q, packed = rebuild(args.file, args.arch)
+    q, packed = rebuild(args.file, args.arch, integers=args.what in ("export", "info"))
+    if args.what == "export":
+        return export(q, packed["size"], common.check_out(Path(args.to).parent) / Path(args.to).name)
+    if args.what == "info":
+        return info(q, packed, Path(args.file).stat().st_size)
     try:
         data = common.load_data(args.dataset or packed["dataset"], args.data_dir, packed["size"])
     except InputError as e:
@@ -102,6 +278,8 @@ def main(args: argparse.Namespace) -> None:
     same_classes(q, packed["classes"], data, args.file)
     print(f"{args.file}: {packed['arch']} W{packed['wbits']}A{packed['abits']} on {data.name}")
     data = data._replace(mean=packed["mean"], std=packed["std"])
+    if args.what == "check":
+        return check(q.to(device), data, device)
     print(f"top-1 {common.accuracy_pct(q.to(device), data, data.test, device):.2f} %")
 
 

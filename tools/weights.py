@@ -90,7 +90,7 @@ def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
     before = model(x)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     ends = [m for m in layers if len(m.weight) == len(names)]
-    for t in ends[-1].parameters() if ends else ():  # rows of the layer that the outputs come from
+    for t in (*ends[-1].parameters(), *ends[-1].buffers()) if ends else ():  # rows of the last layer
         t.copy_(t[order])
     if not torch.allclose(model(x), before[:, order], atol=1e-4):
         raise InputError(f"{file}: has its classes in another order than {data.name}")
