@@ -788,9 +788,12 @@ class Baseline:
 # ===== Run ==========================================================================================
 
 
-def networks(args: argparse.Namespace, data: common.Data, keep, device) -> list[FromBytes]:
+def networks(args: argparse.Namespace, data: common.Data, keep, device,
+             flags=("--arch", "--foundation")) -> list[FromBytes]:
     """Edge and cloud. What can be checked without weights is checked before minutes go into those."""
-    for flag, arch in (("--arch", args.arch), ("--foundation", args.foundation)):
+    of = {"--arch": (args.arch, args.weights),
+          "--foundation": (args.foundation, args.foundation_weights)}
+    for flag, arch in ((flag, of[flag][0]) for flag in flags):
         net = common.build_model(arch, len(data.classes), flag=flag).eval()
         try:
             common.check_network(net, torch.zeros(2, 3, data.size, data.size))
@@ -799,7 +802,7 @@ def networks(args: argparse.Namespace, data: common.Data, keep, device) -> list[
             raise InputError(f"{flag} {arch}: {e}") from None
     dataset = args.dataset if args.stream in ("generated", "cifar-c") else data.name
     dataset, nets = "imagenet" if len(data.classes) == 1000 else dataset, []
-    for arch, weights in ((args.arch, args.weights), (args.foundation, args.foundation_weights)):
+    for arch, weights in (of[flag] for flag in flags):
         net, d, source = common.find_weights(arch, dataset, data, weights, device)
         print(f"{'cloud' if nets else 'edge'}: {source}")
         net.to(device, memory_format=torch.channels_last)

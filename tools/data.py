@@ -144,17 +144,42 @@ HIDDEN = (".", "__MACOSX", "@eaDir")  # beginnings: .cache, .ipynb_checkpoints
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
+def usual_transform(size: int, resize: bool = True):
+    """The middle of an image whose shorter side is resized to `size`, or to 8/7 of it above 64 px, as is
+    usual on ImageNet: 256 for 224.  PIL image -> uint8 (3, size, size)
+    """
+    from torchvision.transforms import v2
+
+    steps = [v2.Resize(size if size <= 64 else size * 8 // 7)] if resize else []
+    return v2.Compose([*steps, v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def read_image(file: Path, transform) -> Tensor:
+    """Raises InputError, with the file's name, for what no image is."""
+    from PIL import Image
+
+    try:
+        image = Image.open(file)
+        if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
+            deep = np.asarray(image)
+            if image.mode == "I" and image.format not in ("PNG", "PPM") or deep.max() > 65535:
+                raise ValueError("32 bits a pixel")
+            image = Image.fromarray((deep / 257).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("its pixels are floats")
+        return transform(image.convert("RGB"))
+    except Exception as e:  # half a file, a renamed web page: whatever PIL says of it
+        raise InputError(f"{file}: not an image that can be read ({e})") from None
+
+
 class ImageFolder(torch.utils.data.Dataset):
     """root/<class>/**/<image> -> (uint8 (3, size, size), the class's number), classes sorted by name.
 
-    The middle of an image whose shorter side is resized to `size`, or to 8/7 of it above 64 px, as is
-    usual on ImageNet: 256 for 224. torchvision's takes .cache, __MACOSX and ._x.png for classes and
-    images, and makes 16-bit images white. Raises InputError, with the file's name, for what no image is.
+    torchvision's takes .cache, __MACOSX and ._x.png for classes and images, and makes 16-bit images
+    white. Raises InputError, with the file's name, for what no image is.
     """
 
     def __init__(self, root: Path, size: int | None = None, resize: bool = True):
-        from torchvision.transforms import v2
-
         folders = [Path(entry) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
         folders = sorted(f for f in folders if not f.name.startswith(HIDDEN))
         self.classes, self.files, self.targets = [f.name for f in folders], [], []
@@ -172,9 +197,7 @@ class ImageFolder(torch.utils.data.Dataset):
             what = "no images in it" if root.is_dir() else "no such folder"
             raise InputError(f"{root}: {what}; expected class folders, <class>/*.jpg or .png, .tif, ...")
         self.size = size or self.usual_size(root)
-        shorter = self.size if self.size <= 64 else self.size * 8 // 7
-        steps = [v2.Resize(shorter)] if resize else []
-        self.transform = v2.Compose([*steps, v2.CenterCrop(self.size), v2.PILToTensor()])
+        self.transform = usual_transform(self.size, resize)
 
     def usual_size(self, root: Path) -> int:
         """32 px for a median side up to 48, 64 px up to 96, else 224, by some 200 images; printed."""
@@ -196,20 +219,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        try:
-            image = Image.open(self.files[i])
-            if image.mode.startswith("I"):  # 16 bits, which convert would clip at 255
-                deep = np.asarray(image)
-                if image.mode == "I" and image.format not in ("PNG", "PPM") or deep.max() > 65535:
-                    raise ValueError("32 bits a pixel")
-                image = Image.fromarray((deep / 257).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("its pixels are floats")
-            return self.transform(image.convert("RGB")), self.targets[i]
-        except Exception as e:  # half a file, a renamed web page: whatever PIL says of it
-            raise InputError(f"{self.files[i]}: not an image that can be read ({e})") from None
+        return read_image(self.files[i], self.transform), self.targets[i]
 
 
 def _from_folder(root: Path, name: str, size: int | None) -> Data:

@@ -147,8 +147,8 @@ class IntegerCheck:
         s_x, _ = common.step_and_zero(quantizer.lo, quantizer.hi, quantizer.bits)
         to = (-1,) + (1,) * (layer.weight.ndim - 2)
         scale, bias = (s_x * layer.step).view(to).double(), 0.0
-        # The layer's own stride and padding: a padded 0 is the integer 0, too. Doubles hold integers up to
-        # 2^53, so these sums are exact, in whatever order.
+        # The layer's own stride and padding: a padded 0 is the integer 0, too. Doubles hold integers up
+        # to 2^53, so these sums are exact, in whatever order.
         sums_of = common.copy_of(layer).double()
         sums_of.weight.copy_(torch.round(layer.weight / layer.step))
         if layer.bias is not None:

@@ -1,0 +1,275 @@
+"""Claims about tools/cloud.py and tools/edge.py, on loopback, with small networks.
+
+Each docstring ends with the change under which its test was seen to fail.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Listener
+
+import pytest
+import torch
+
+import cema
+import common
+from tools import cloud, edge
+
+KEY = b"0123456789abcdef"
+
+
+def small(seed: int, width: int = 1):
+    with common.seeded(seed):
+        return cema.FromBytes(common.build_model(f"resnet8x{width}", 10).eval(), [0.3] * 3, [0.3] * 3)
+
+
+def flags(**changes) -> argparse.Namespace:
+    args = cloud.parse(["--recipe", "few-classes", "--select", "all", "--frame-s", "1", "--most-edges", "4"])
+    return argparse.Namespace(**vars(args) | {"amp": False} | changes)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A server in this process, and its address."""
+    server = cloud.Server(flags(out=str(tmp_path)), [small(0), small(1, 2)], 10, 32)
+    listener = Listener(("127.0.0.1", 0), backlog=16)
+    threading.Thread(target=server.accept_from, args=(listener, KEY), daemon=True).start()
+    return server, listener.address
+
+
+def images(n: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def carrier_to(address, name: str = "hall", key: bytes = KEY) -> edge.Carrier:
+    carrier = edge.Carrier(address, key, name, answer_s=30)
+    carrier.start()
+    return carrier
+
+
+def an_edge() -> cema.Edge:
+    return cema.Edge(small(0), flags(), 10, cema.Counter())
+
+
+def walk(device: cema.Edge, carrier: edge.Carrier, batches: range) -> list[torch.Tensor]:
+    """One batch after the other, each answered by the cloud before the next."""
+    answers = []
+    for b in batches:
+        logits, upload, _ = device.step(images(seed=b), carrier.received())
+        carrier.send(64, upload)
+        carrier.settle(30)
+        answers.append(logits)
+    return answers
+
+
+def until(true, seconds: float = 20) -> None:
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end, "not in time"
+        time.sleep(0.02)
+
+
+def test_two_programs_in_step_are_one_process(served):
+    """Every logit, to the bit. Fails if a download comes a batch late, or the cloud works once an upload."""
+    _, address = served
+    method = cema.CEMA(small(0), small(1, 2), 32, flags())
+    there = walk(an_edge(), carrier_to(address), range(8))
+    here = [method.step(images(seed=b)) for b in range(8)]
+    assert method.edge.version > 0 and all(torch.equal(a, b) for a, b in zip(here, there))
+
+
+def test_edges_have_twins_of_their_own_and_one_foundation(served):
+    """Fails if the second edge moves the first one's twin, or brings a foundation model of its own."""
+    server, address = served
+    walk(an_edge(), carrier_to(address, "hall"), range(2))
+    before = cema.flat(server.twins["hall"].cloud.twin.affine).copy()
+    f = cema.flat(server.f.affine).copy()
+    walk(an_edge(), carrier_to(address, "door"), range(2))
+    assert (cema.flat(server.twins["hall"].cloud.twin.affine) == before).all()
+    assert server.twins["hall"].cloud.f is server.twins["door"].cloud.f is server.f
+    assert (cema.flat(server.f.affine) != f).any()
+
+
+def test_a_twin_waits_for_its_edge(served):
+    """A new connection of the same name goes on. Fails if it gets a new twin, or the old one is served on."""
+    server, address = served
+    device = an_edge()
+    walk(device, carrier_to(address), range(2))
+    steps = server.twins["hall"].cloud.steps
+    walk(device, carrier_to(address), range(2, 4))
+    assert server.twins["hall"].cloud.steps > steps and list(server.twins) == ["hall"]
+    until(lambda: sum(t.is_alive() for t in server.threads) == 1)
+
+
+def test_what_an_edge_does_wrong_ends_its_connection_and_nothing_else(served):
+    """Random bytes, a 1 GB length, half a frame, silence, a wrong key, too many. Fails if one of them ends the
+    server, fills its memory, or keeps a thread."""
+    server, address = served
+    rng, socks = random.Random(0), []
+
+    def knock(data: bytes) -> socket.socket:
+        socks.append(socket.create_connection(address))
+        try:
+            socks[-1].sendall(data)
+        except OSError:  # it was refused before
+            pass
+        return socks[-1]
+
+    for _ in range(200):
+        knock(b"".join(struct.pack("!i", n := rng.randrange(300)) + rng.randbytes(n) for _ in range(5)))
+    for data in (struct.pack("!i", 2**30) + b"x" * 1000, struct.pack("!iQ", -1, 2**40), b"\0\0", b""):
+        knock(data)
+    carrier_to(address, key=b"another key, as long")
+    walk(an_edge(), carrier_to(address), range(1))  # served beside all of them
+    until(lambda: sum(t.is_alive() for t in server.threads) <= 1)
+    assert list(server.twins) == ["hall"] and common.peak_mib() < 8000
+    for s in socks:
+        s.close()
+
+
+def test_after_the_handshake_a_message_is_still_not_believed(served, monkeypatch):
+    """An edge with the key that sends rubbish, or a name with a slash. Fails if that reaches a twin."""
+    server, address = served
+    carrier = carrier_to(address, "bad/name")
+    carrier.send(64, None)
+    until(lambda: carrier.connected is False)
+    liar = carrier_to(address, "liar")
+    liar.send(2**32 - 1, b"PK" + bytes(1000))
+    liar.settle(20)
+    assert server.counts["refused_messages"] == 1 and server.twins["liar"].cloud.steps == 0
+    assert list(server.twins) == ["liar"]
+
+
+def test_a_slow_reader_is_let_go(served):
+    """Fails if the server waits for it for ever."""
+    server, address = served
+    conn = edge.Client(address)
+    edge.answer_challenge(conn, KEY)
+    edge.deliver_challenge(conn, KEY)
+    conn.send_bytes(b"slow")
+    monkey = server.answer
+    server.answer = lambda name, message: bytes(2**26) if name == "slow" else monkey(name, message)
+    conn.send_bytes(bytes(4))  # and never reads the 64 MiB that come
+    until(lambda: "slow" in server.conns)
+    until(lambda: "slow" not in server.conns)
+    walk(an_edge(), carrier_to(address), range(1))
+    conn.close()
+
+
+def test_an_edge_without_a_cloud_goes_on_and_drops_the_oldest(capsys):
+    """Says so once. Fails if it waits, or if what waits grows without end."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = s.getsockname()
+    carrier, device = carrier_to(address), an_edge()
+    for b in range(20):
+        logits, upload, _ = device.step(images(seed=b), carrier.received())
+        carrier.send(64, upload)
+        assert logits.shape == (64, 10)
+    until(lambda: carrier.connected is False)
+    time.sleep(1)
+    assert len(carrier.out) == carrier.MOST and carrier.counts["dropped"] == 4
+    assert capsys.readouterr().err.count("no cloud") == 1
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """start(role, "--flags") -> a process; all are ended with the test."""
+    started = []
+    (tmp_path / "key").write_bytes(KEY)
+    net = tmp_path / "nets.py"
+    net.write_text("import common\ndef make(arch, n):\n    with common.seeded(0):\n"
+                   "        return common.build_model(arch, n)\n"
+                   "def g(n): return make('resnet8', n)\ndef f(n): return make('resnet8x2', n)\n")
+    common_flags = (f"--key-file {tmp_path}/key --arch {net}:g --foundation {net}:f --weights none "
+                    "--foundation-weights none --corruptions fog --select all --recipe few-classes --no-amp")
+
+    def start(role: str, command: str) -> subprocess.Popen:
+        words = [sys.executable, f"{common.ROOT}/tools/{role}.py", *common_flags.split(), *command.split()]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        cwd=tmp_path, env=env))
+        return started[-1]
+
+    yield start
+    for p in started:
+        p.kill()
+        p.communicate()
+
+
+def line_with(stream, words: str) -> str:
+    for line in stream:
+        if words in line:
+            return line
+    raise AssertionError(f"ended without: {words}")
+
+
+def test_a_killed_cloud_comes_back_to_its_edge(programs, tmp_path):
+    """kill -9 in mid-stream: the edge answers every image, says it once, and learns again from the restarted
+    cloud, which knows the twin. Fails if the state is not written, or the edge gives up."""
+    server = programs("cloud", f"--listen 127.0.0.1:0 --out {tmp_path}/c --save-s 0.3")
+    address = line_with(server.stdout, "listening").split()[-1]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    device = programs("edge", f"--connect {address} --watch {folder} --batch-size 16")
+
+    def fill(first: int, last: int) -> list[str]:
+        from torchvision.transforms.v2.functional import to_pil_image
+        for n in range(first, last):
+            to_pil_image(images(1, n)[0]).save(folder / f"{n:03d}.png")
+        return [json.loads(device.stdout.readline())["image"] for _ in range(first, last)]
+
+    seen = fill(0, 64)
+    until(lambda: (tmp_path / "c/cloud.pt").exists() and "twins" in torch.load(tmp_path / "c/cloud.pt")
+          and torch.load(tmp_path / "c/cloud.pt")["twins"])
+    server.kill()
+    server.wait()
+    seen += fill(64, 96)
+    again = programs("cloud", f"--listen {address} --out {tmp_path}/c --save-s 0.3")
+    assert "going on with" in line_with(again.stdout, "going on")
+    line_with(again.stdout, "connected")
+    seen += fill(96, 128)
+    assert sorted(seen) == [f"{n:03d}.png" for n in range(128)]
+    device.kill()
+    assert device.stderr.read().count("no cloud") == 1
+    line_with(again.stdout, "gone")
+    again.terminate()
+    assert "cloud.pt: written" in again.stdout.read() and again.wait() == 0
+
+
+@pytest.mark.parametrize("role, command, says", [
+    ("cloud", "--listen nowhere", "expected HOST:PORT"), ("cloud", "--key-file none", "No such file"),
+    ("edge", "--name a/b\u00e9", "expected 1 to 64"), ("edge", "--watch none", "no such folder"),
+    ("edge", "--corruptions fog snow", "name one by --corruptions")])
+def test_mistakes_are_one_line(role, command, says, fails, monkeypatch):
+    """Fails if one is a traceback, or comes after the wire was opened."""
+    monkeypatch.setenv("CEMA_KEY", KEY.decode())
+    assert says in fails({"cloud": cloud, "edge": edge}[role], command)
+    monkeypatch.delenv("CEMA_KEY")
+    assert "no key of 16 characters" in fails(cloud, "")
+
+
+def test_files_that_grow_are_read_when_they_are_whole(tmp_path, capsys):
+    """Fails if half a file ends the watch or is read as it is, or if a broken one is tried for ever."""
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    to_pil_image(images(1)[0]).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:1000])
+    (tmp_path / "c.txt").write_text("no image")
+    watch = edge.watched(tmp_path, 32, 8, patience_s=1.0, once=False)
+    x, names = next(watch)
+    assert names == ["a.png"] and torch.equal(x[0], images(1)[0])
+    (tmp_path / "b.png").write_bytes(whole)
+    assert next(watch)[1] == ["b.png"]
+    (tmp_path / "d.png").write_bytes(whole[:1000])
+    assert list(edge.watched(tmp_path, 32, 8, patience_s=0.5, once=True))[0][1] == ["a.png", "b.png"]
+    assert re.search(r"d\.png: not an image", capsys.readouterr().err)

@@ -1,0 +1,218 @@
+"""An edge of CEMA as a program of its own; tools/cloud.py is the other side, and says how to begin.
+
+    python tools/edge.py --connect HOST:5555 --name hall --corruptions fog   # a stream of cema.py's
+    python tools/edge.py --connect HOST:5555 --name door --watch incoming/   # a folder being filled
+
+Predictions are JSON lines on stdout, all else goes to stderr. The edge never waits for the cloud: a
+thread carries the messages. While there is no cloud it answers with the last good parameters, tries
+again ever more seldom, and says so once.
+"""
+
+import argparse
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter, deque
+from multiprocessing.connection import Client, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cema  # noqa: E402
+import common  # noqa: E402
+from common import InputError, number  # noqa: E402
+from tools import data as images  # noqa: E402
+from tools import streams  # noqa: E402
+from tools.cloud import BROKEN, LARGEST, address_of, hurry, key_of, parse_with, with_wire  # noqa: E402
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Carrier(threading.Thread):
+    """Carries messages to the cloud and its answers back, one by one, in a thread of its own."""
+
+    MOST = 16  # messages wait; a newer one pushes the oldest out
+
+    def __init__(self, address: tuple[str, int], key: bytes, name: str, answer_s: float):
+        super().__init__(daemon=True)
+        self.address, self.key, self.edge, self.answer_s = address, key, name.encode(), answer_s
+        self.out, self.arrived, self.counts = deque(), deque(), Counter()
+        self.changed, self.connected = threading.Condition(), None  # None: not known yet
+
+    def send(self, images: int, upload: bytes | None) -> None:
+        with self.changed:
+            if len(self.out) == self.MOST:
+                self.out.popleft()
+                self.counts["dropped"] += 1
+            self.out.append(struct.pack(">I", images) + (upload or b""))
+            self.counts["sent"] += 1
+            self.changed.notify_all()
+
+    def received(self) -> list[bytes]:
+        """Downloads that have come since the last call."""
+        with self.changed:
+            new = list(self.arrived)
+            self.arrived.clear()
+            return new
+
+    def settle(self, seconds: float) -> None:
+        """Waits until every message is answered: for --in-step, which an edge in use does not want."""
+        done = lambda: self.counts["answered"] == self.counts["sent"]
+        with self.changed:
+            if not self.changed.wait_for(done, seconds):
+                raise InputError(f"--in-step: no answer in {seconds:.0f} s")
+
+    def run(self) -> None:
+        wait_s = 0.2
+        while True:
+            try:
+                self.carry(self.connect())
+            except BROKEN as e:
+                if self.connected is not False:
+                    why = " ".join(str(e).split()) or type(e).__name__
+                    say(f"no cloud ({why}): going on with the last good parameters")
+                wait_s = 0.2 if self.connected else min(30.0, 2 * wait_s)
+                self.connected = False
+            time.sleep(wait_s)
+
+    def connect(self):
+        conn = Client(self.address)
+        hurry(conn, 10)
+        answer_challenge(conn, self.key)
+        deliver_challenge(conn, self.key)
+        conn.send_bytes(self.edge)
+        say("the cloud is there")
+        self.connected = True
+        return conn
+
+    def carry(self, conn) -> None:
+        with conn:
+            while True:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.out)
+                    message = self.out.popleft()
+                conn.send_bytes(message)
+                if not conn.poll(self.answer_s):
+                    raise TimeoutError(f"no answer in {self.answer_s:.0f} s")
+                answer = conn.recv_bytes(LARGEST)
+                with self.changed:
+                    self.arrived.extend([answer] if answer else [])
+                    self.counts["answered"] += 1
+                    self.changed.notify_all()
+
+
+def watched(folder: Path, size: int, batch_size: int, patience_s: float, once: bool) -> Iterator:
+    """(uint8 (B, 3, S, S), names) of what comes into a folder, oldest first; `once`: of what is there.
+
+    A file that cannot be read is tried again, as it may be half written, and given up after patience_s.
+    """
+    seen, transform = set(), images.usual_transform(size)
+    while True:
+        files = [Path(e) for e in os.scandir(folder) if e.is_file() and e.name not in seen]
+        files = [f for f in files if f.suffix.lower() in images.IMAGE_FILES and f.name[0] != "."]
+        x, names = [], []
+        for file in sorted(files, key=lambda f: f.stat().st_mtime)[:batch_size]:
+            try:
+                x.append(images.read_image(file, transform))
+                names.append(file.name)
+            except InputError as e:
+                if time.time() - file.stat().st_mtime < patience_s:
+                    continue
+                say(str(e))
+            seen.add(file.name)
+        if x:
+            yield torch.stack(x), names
+        elif once and len(files) == 0:
+            return
+        else:
+            time.sleep(0.2)
+
+
+def streamed(args: argparse.Namespace, domains: list) -> Iterator:
+    """(uint8 (B, 3, S, S), names, labels) of cema.py's stream."""
+    stream = streams.Stream(domains, args.order, args.images, args.loop, args.seed)
+    plan = stream.batches(args.batch_size)
+    for x, y, d, i in stream.loader([positions for _, positions in plan]):
+        names = [f"{domains[k].name}/{n}" for k, n in zip(d.tolist(), i.tolist())]
+        yield streams.as_seen(x, d, i, domains, args.severity, args.seed), names, y
+
+
+def show(names: list[str], logits: Tensor, classes: list[str]) -> None:
+    p, c = logits.softmax(1).max(1)
+    for name, p, c in zip(names, p.tolist(), c.tolist()):
+        print(json.dumps({"image": name, "class": str(classes[c]), "p": round(p, 4)}))
+    sys.stdout.flush()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = cema.build_parser()
+    a = with_wire(p, "tools/edge.py", __doc__)
+    a("--connect", default="127.0.0.1:5555", metavar="HOST:PORT", help="where the cloud listens")
+    a("--name", default=socket.gethostname()[:60], help="by which the cloud knows its twin")
+    a("--watch", metavar="DIR", help="a folder that is being filled, in place of --stream")
+    a("--once", action=argparse.BooleanOptionalAction, default=False, help="of --watch: then end")
+    a("--patience-s", type=number(float, 0), default=5, help="of --watch: for a file to become whole")
+    a("--answer-s", type=number(float, 0.1), default=60, help="the cloud hangs if it takes longer")
+    a("--in-step", action=argparse.BooleanOptionalAction, default=False,
+      help="wait for the cloud after each batch: the very predictions of cema.py's one process")
+    return p
+
+
+def main(args: argparse.Namespace) -> None:
+    key, device = key_of(args), common.pick_device(args.device)
+    address = address_of(args.connect, "--connect")
+    if not args.name.isascii() or not 0 < len(args.name) <= 64:
+        raise InputError(f"--name {args.name}: expected 1 to 64 letters, digits, _ . -")
+    out, sys.stdout = sys.stdout, sys.stderr  # what cema.py's parts print is no prediction
+    args.amp = False
+    if args.watch and not Path(args.watch).is_dir():
+        raise InputError(f"--watch {args.watch}: no such folder")
+    data, domains, keep = streams.load_domains(args)
+    if len(domains) > 1 and args.order in ("reset", "label-shift") and not args.watch:
+        raise InputError(f"--order {args.order}: of {len(domains)} corruptions, and an edge begins anew "
+                         "for none; name one by --corruptions, or --order lifelong")
+    net, = cema.networks(args, data, keep, device, ("--arch",))
+    sys.stdout = out
+    classes = [data.classes[c] for c in keep] if keep else data.classes
+    if args.watch:
+        parts = (Path(args.watch), data.size, args.batch_size, args.patience_s, args.once)
+        batches = ((x, names, None) for x, names in watched(*parts))
+    else:
+        batches = streamed(args, domains)
+    counts, right = Counter(), 0
+    edge = cema.Edge(net, args, len(classes), counts)
+    carrier = Carrier(address, key, args.name, args.answer_s)
+    carrier.start()
+    t0 = time.perf_counter()
+    try:
+        for x, names, y in batches:
+            logits, upload, n = edge.step(x.to(device), carrier.received())
+            carrier.send(len(x), upload)
+            counts["uploads"] += n
+            right += (logits.argmax(1) == y).sum().item() if y is not None else 0
+            show(names, logits, classes)
+            if args.in_step:
+                carrier.settle(args.answer_s)
+    finally:
+        n, s = max(1, counts["edge_forwards"]), time.perf_counter() - t0
+        acc = f"top-1 {100 * right / n:.2f} %, " * (not args.watch)
+        say(f"{counts['edge_forwards']} images, {acc}{100 * counts['uploads'] / n:.1f} % uploaded, "
+            f"parameters of version {edge.version}, {counts['refused_messages']} refused, "
+            f"{carrier.counts['dropped']} messages dropped; {n / s:.0f} img/s")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    return parse_with(build_parser, argv)
+
+
+if __name__ == "__main__":
+    common.run(main, parse)
