@@ -129,7 +129,7 @@ class Server:
             if upload:
                 self.counts["uploads"] += 1
                 twin.cloud.receive(upload)
-            twin.since_work += min(n, self.batch_size)
+            twin.since_work += n
             if twin.since_work < self.batch_size:
                 return b""
             twin.since_work %= self.batch_size
