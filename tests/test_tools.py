@@ -14,6 +14,7 @@ from tools import plot, table
 
 PAGES = [common.ROOT / "README.md", *sorted((common.ROOT / "results").glob("*.md"))]
 PAGES.remove(common.ROOT / "results" / "sweep.md")  # tools/sweep.py writes all of it
+PAGES.remove(common.ROOT / "results" / "scale.md")  # times, and arithmetic: no row of it is an accuracy
 
 
 def write_log(file: Path, argv: str = "python gdfq.py", accs: tuple = (50.0,), tail: str = "") -> None:
