@@ -100,6 +100,7 @@ class Carrier(threading.Thread):
                 with self.changed:
                     self.changed.wait_for(lambda: self.out)
                     message = self.out.popleft()
+                t0 = time.perf_counter()
                 conn.send_bytes(message)
                 if not conn.poll(self.answer_s):
                     raise TimeoutError(f"no answer in {self.answer_s:.0f} s")
@@ -107,6 +108,9 @@ class Carrier(threading.Thread):
                 with self.changed:
                     self.arrived.extend([answer] if answer else [])
                     self.counts["answered"] += 1
+                    self.counts["trip_s"] += time.perf_counter() - t0
+                    self.counts["bytes_up"] += len(message)
+                    self.counts["bytes_down"] += len(answer)
                     self.changed.notify_all()
 
 
@@ -188,7 +192,10 @@ def main(args: argparse.Namespace) -> None:
         batches = ((x, names, None) for x, names in watched(*parts))
     else:
         batches = streamed(args, domains)
-    counts, right = Counter(), 0
+    counts, right, log = Counter(), 0, None
+    if args.out:
+        log = common.RunLog(common.check_out(Path(args.out), args))
+        log.start(args, device)
     edge = cema.Edge(net, args, len(classes), counts)
     carrier = Carrier(address, key, args.name, args.answer_s)
     carrier.start()
@@ -203,11 +210,14 @@ def main(args: argparse.Namespace) -> None:
             if args.in_step:
                 carrier.settle(args.answer_s)
     finally:
-        n, s = max(1, counts["edge_forwards"]), time.perf_counter() - t0
-        acc = f"top-1 {100 * right / n:.2f} %, " * (not args.watch)
-        say(f"{counts['edge_forwards']} images, {acc}{100 * counts['uploads'] / n:.1f} % uploaded, "
-            f"parameters of version {edge.version}, {counts['refused_messages']} refused, "
-            f"{carrier.counts['dropped']} messages dropped; {n / s:.0f} img/s")
+        n, s, sent = max(1, counts["edge_forwards"]), time.perf_counter() - t0, carrier.counts
+        end = dict(acc_cema_pct=100 * right / n, uploads_pct=100 * counts["uploads"] / n, img_per_s=n / s,
+                   trip_ms=1000 * sent["trip_s"] / max(1, sent["answered"]), bytes_up=sent["bytes_up"],
+                   bytes_down=sent["bytes_down"], dropped=sent["dropped"], version=edge.version,
+                   refused_messages=counts["refused_messages"])
+        if log:
+            log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
+        say(f"{counts['edge_forwards']} images | " + " | ".join(f"{k} {v:.6g}" for k, v in end.items()))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
