@@ -211,10 +211,11 @@ def main(args: argparse.Namespace) -> None:
                 carrier.settle(args.answer_s)
     finally:
         n, s, sent = max(1, counts["edge_forwards"]), time.perf_counter() - t0, carrier.counts
-        end = dict(acc_cema_pct=100 * right / n, uploads_pct=100 * counts["uploads"] / n, img_per_s=n / s,
-                   trip_ms=1000 * sent["trip_s"] / max(1, sent["answered"]), bytes_up=sent["bytes_up"],
-                   bytes_down=sent["bytes_down"], dropped=sent["dropped"], version=edge.version,
-                   refused_messages=counts["refused_messages"])
+        end = {} if args.watch else {"acc_cema_pct": 100 * right / n}
+        end |= dict(uploads_pct=100 * counts["uploads"] / n, img_per_s=n / s, version=edge.version,
+                    trip_ms=1000 * sent["trip_s"] / max(1, sent["answered"]), dropped=sent["dropped"],
+                    bytes_up=sent["bytes_up"], bytes_down=sent["bytes_down"],
+                    refused_messages=counts["refused_messages"])
         if log:
             log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
         say(f"{counts['edge_forwards']} images | " + " | ".join(f"{k} {v:.6g}" for k, v in end.items()))
