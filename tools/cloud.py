@@ -12,7 +12,8 @@ command goes on from it.
 The wire. multiprocessing.connection's frames and its HMAC challenge, both ways; no pickle. First the
 edge sends its name; then, after each batch of images, how many they were (4 bytes, big-endian) and its
 upload, if any. The answer to each is a download, or nothing. Whoever holds the key is still not
-believed: a message is what cema.decode accepts, and no larger than that.
+believed: a message is what cema.decode accepts, and no larger than that. Nothing is encrypted: over a
+network that others can read, use a tunnel.
 """
 
 import argparse

@@ -9,6 +9,7 @@ again ever more seldom, and says so once.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -121,21 +122,25 @@ def watched(folder: Path, size: int, batch_size: int, patience_s: float, once: b
     """
     seen, transform = set(), images.usual_transform(size)
     while True:
-        files = [Path(e) for e in os.scandir(folder) if e.is_file() and e.name not in seen]
-        files = [f for f in files if f.suffix.lower() in images.IMAGE_FILES and f.name[0] != "."]
+        files = {}  # name -> when it was last written
+        for entry in os.scandir(folder):
+            image = entry.name.lower().endswith(images.IMAGE_FILES) and entry.name[0] != "."
+            if image and entry.name not in seen:
+                with contextlib.suppress(FileNotFoundError):  # taken away again
+                    files[entry.name] = entry.stat().st_mtime
         x, names = [], []
-        for file in sorted(files, key=lambda f: f.stat().st_mtime)[:batch_size]:
+        for name in sorted(files, key=files.get)[:batch_size]:
             try:
-                x.append(images.read_image(file, transform))
-                names.append(file.name)
+                x.append(images.read_image(folder / name, transform))
+                names.append(name)
             except InputError as e:
-                if time.time() - file.stat().st_mtime < patience_s:
+                if time.time() - files[name] < patience_s:
                     continue
                 say(str(e))
-            seen.add(file.name)
+            seen.add(name)
         if x:
             yield torch.stack(x), names
-        elif once and len(files) == 0:
+        elif once and not files:
             return
         else:
             time.sleep(0.2)
@@ -176,16 +181,16 @@ def main(args: argparse.Namespace) -> None:
     address = address_of(args.connect, "--connect")
     if not args.name.isascii() or not 0 < len(args.name) <= 64:
         raise InputError(f"--name {args.name}: expected 1 to 64 letters, digits, _ . -")
-    out, sys.stdout = sys.stdout, sys.stderr  # what cema.py's parts print is no prediction
     args.amp = False
     if args.watch and not Path(args.watch).is_dir():
         raise InputError(f"--watch {args.watch}: no such folder")
-    data, domains, keep = streams.load_domains(args)
+    with contextlib.redirect_stdout(sys.stderr):  # what cema.py's parts print is no prediction
+        data, domains, keep = streams.load_domains(args)
     if len(domains) > 1 and args.order in ("reset", "label-shift") and not args.watch:
         raise InputError(f"--order {args.order}: of {len(domains)} corruptions, and an edge begins anew "
                          "for none; name one by --corruptions, or --order lifelong")
-    net, = cema.networks(args, data, keep, device, ("--arch",))
-    sys.stdout = out
+    with contextlib.redirect_stdout(sys.stderr):
+        net, = cema.networks(args, data, keep, device, ("--arch",))
     classes = [data.classes[c] for c in keep] if keep else data.classes
     if args.watch:
         parts = (Path(args.watch), data.size, args.batch_size, args.patience_s, args.once)
