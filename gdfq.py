@@ -254,15 +254,15 @@ MOVES = (nn.Flatten, nn.Dropout, nn.Dropout2d, nn.Identity, nn.MaxPool2d, torch.
 POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, F.adaptive_avg_pool2d, F.avg_pool2d, torch.mean, "mean")
 
 
-def layer_inputs(q: torch.fx.GraphModule) -> dict[str, torch.fx.Node]:
-    """What each Conv2d and Linear that is called reads: layer -> the node that made its values."""
-    found = {}
+def layer_inputs(q: torch.fx.GraphModule) -> list[tuple[str, torch.fx.Node]]:
+    """What each call of a Conv2d or Linear reads: (layer, the node that made its values), in order."""
+    found = []
     for node in q.graph.nodes:
         if node.op == "call_module" and isinstance(q.get_submodule(node.target), (nn.Conv2d, nn.Linear)):
             source = node.all_input_nodes[0]
             while source.op != "placeholder" and kind_of(q, source) in MOVES:
                 source = source.all_input_nodes[0]
-            found[node.target] = source
+            found.append((node.target, source))
     return found
 
 
@@ -355,7 +355,7 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
     # does, gives both places one range; walking the graph gives every call its own.
     for node in activation_calls(q):
         insert(node, abits, percentile)
-    for node in dict.fromkeys(layer_inputs(q).values() if also else ()):
+    for node in dict.fromkeys(source for _, source in (layer_inputs(q) if also else ())):
         place = "pool" if kind_of(q, node) in POOLS else "input" if node.op == "placeholder" else "add"
         if place in also and kind_of(q, node) is not ActivationQuantizer:
             insert(node, *((8, 100.0) if place == "input" else (abits, percentile)))  # a camera's bits

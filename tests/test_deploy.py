@@ -136,11 +136,36 @@ def test_every_layer_of_a_bottleneck_network_reads_integers_if_asked():
     net = common.build_model("mobilenet_v2", 5).eval()
     x = torch.randn(2, 3, 32, 32)
     quantizers = lambda q: [q.get_submodule(n.target) if n.op == "call_module" else None
-                            for n in gdfq.layer_inputs(q).values()]
+                            for _, n in gdfq.layer_inputs(q)]
     is_one = lambda m: isinstance(m, gdfq.ActivationQuantizer)
     without, all_ = (quantizers(gdfq.quantize(net, x, 4, 4, also=a)) for a in ((), ("input", "add", "pool")))
     assert len(all_) == 53 and all(map(is_one, all_)) and sum(map(is_one, without)) == 34
     assert all_[0].bits == 8 and {m.bits for m in all_[1:]} == {4}
+
+
+class Twice(nn.Module):
+    """One layer, called on the image and on its own output."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.bn, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.c(torch.relu(self.bn(self.c(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_layer_that_is_called_twice_has_two_inputs():
+    """Each with its own step. Fails if the second call's input stands for the first one's."""
+    net = Twice().eval()
+    q = deploy.unpack(gdfq.pack(gdfq.quantize(net, X, 8, 8, also=["input", "pool"])), net, X)
+    integer = common.copy_of(q)
+    watch = deploy.IntegerCheck(integer)
+    with torch.no_grad():
+        assert torch.allclose(integer(X), q(X), atol=1e-5)
+    assert watch.in_fp32 == [] and max(watch.worst.values()) < 1e-4
+    q = deploy.unpack(gdfq.pack(gdfq.quantize(net, X, 8, 8, also=["pool"])), net, X)
+    assert deploy.IntegerCheck(q).in_fp32 == ["c"]
 
 
 LOAD = """

@@ -50,7 +50,8 @@ def images(n: int = 64, seed: int = 0) -> torch.Tensor:
 
 
 def carrier_to(address, name: str = "hall", key: bytes = KEY) -> edge.Carrier:
-    carrier = edge.Carrier(address, key, name, answer_s=30)
+    hello = f"{name} {common.crc_of(small(0))}".encode()
+    carrier = edge.Carrier(address, key, hello, answer_s=30)
     carrier.start()
     return carrier
 
@@ -135,12 +136,17 @@ def test_what_an_edge_does_wrong_ends_its_connection_and_nothing_else(served):
         s.close()
 
 
-def test_after_the_handshake_a_message_is_still_not_believed(served, monkeypatch):
+def test_after_the_handshake_a_message_is_still_not_believed(served, capsys):
     """An edge with the key that sends rubbish, or a name with a slash. Fails if that reaches a twin."""
     server, address = served
     carrier = carrier_to(address, "bad/name")
-    carrier.send(64, None)
     until(lambda: carrier.connected is False)
+    other = edge.Carrier(address, KEY, cloud.hello("other", small(5)), answer_s=30)
+    other.start()
+    until(lambda: other.connected is False)
+    err = capsys.readouterr().err
+    assert "it says: no name" in err and "it says: its network is not the cloud's --arch" in err
+    assert server.counts["refused_connections"] >= 2
     liar = carrier_to(address, "liar")
     liar.send(2**32 - 1, b"PK" + bytes(1000))
     liar.settle(20)
@@ -154,7 +160,8 @@ def test_a_slow_reader_is_let_go(served):
     conn = edge.Client(address)
     edge.answer_challenge(conn, KEY)
     edge.deliver_challenge(conn, KEY)
-    conn.send_bytes(b"slow")
+    conn.send_bytes(cloud.hello("slow", small(0)))
+    assert conn.recv_bytes() == cloud.WELCOME
     monkey = server.answer
     server.answer = lambda name, message: bytes(2**26) if name == "slow" else monkey(name, message)
     conn.send_bytes(bytes(4))  # and never reads the 64 MiB that come
@@ -250,7 +257,7 @@ def test_a_killed_cloud_comes_back_to_its_edge(programs, tmp_path):
 
 @pytest.mark.parametrize("role, command, says", [
     ("cloud", "--listen nowhere", "expected HOST:PORT"), ("cloud", "--key-file none", "No such file"),
-    ("edge", "--name a/b\u00e9", "expected 1 to 64"), ("edge", "--watch none", "no such folder"),
+    ("edge", "--name a/b", "expected 1 to 64"), ("edge", "--watch none", "no such folder"),
     ("edge", "--corruptions fog snow", "name one by --corruptions")])
 def test_mistakes_are_one_line(role, command, says, fails, monkeypatch):
     """Fails if one is a traceback, or comes after the wire was opened."""

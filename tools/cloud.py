@@ -10,13 +10,14 @@ with its twin. Every minute, and when it is ended, the cloud writes its state to
 command goes on from it.
 
 The wire. multiprocessing.connection's frames and its HMAC challenge, both ways; no pickle. First the
-edge sends its name; then, after each batch of images, how many they were (4 bytes, big-endian) and its
-upload, if any. The answer to each is a download, or nothing. Whoever holds the key is still not
-believed: a message is what cema.decode accepts, and no larger than that. Nothing is encrypted: over a
-network that others can read, use a tunnel.
+edge sends its name and the checksum of its network, which must be the twin's; then, after each batch of
+images, how many they were (4 bytes, big-endian) and its upload, if any. The answer to each is a
+download, or nothing. Whoever holds the key is still not believed: a message is what cema.decode
+accepts, and no larger than that. Nothing is encrypted: over a network that others read, use a tunnel.
 """
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -38,7 +39,9 @@ from common import InputError, number  # noqa: E402
 from tools import streams  # noqa: E402
 
 LARGEST = cema.LARGEST_MESSAGE + 4
-BROKEN = (OSError, EOFError, AuthenticationError, ValueError)  # what ends a connection, and nothing else
+# What ends a connection, and nothing else. AssertionError: of answer_challenge, from a stranger's port.
+BROKEN = (OSError, EOFError, AuthenticationError, ValueError, AssertionError)
+WELCOME = b"welcome"  # to a name; else the answer is why not
 
 
 # ===== The wire, of both programs =====================================================================
@@ -63,6 +66,13 @@ def address_of(text: str, flag: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 <= int(port) < 65536:
         raise InputError(f"{flag} {text}: expected HOST:PORT, as in 127.0.0.1:5555")
     return host, int(port)
+
+
+def hello(name: str, net) -> bytes:
+    """What an edge says first. InputError for a name of other letters."""
+    if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
+        raise InputError(f"--name {name}: expected 1 to 64 letters, digits, _ . -")
+    return f"{name} {common.crc_of(net)}".encode()
 
 
 def key_of(args: argparse.Namespace) -> bytes:
@@ -110,6 +120,7 @@ class Server:
         self.twins, self.conns, self.threads = {}, {}, set()  # the first two by name
         self.make = lambda: cema.Cloud(*nets, args, classes, size, self.counts)
         self.f = cema.CEMA(*nets, size, args).cloud.f  # which also checks that all fits together
+        self.crc = common.crc_of(nets[0])
         self.batch_size, self.file = args.batch_size, Path(args.out) / "cloud.pt"
 
     def twin(self, name: str) -> Twin:
@@ -138,35 +149,48 @@ class Server:
 
     def serve(self, conn: Connection, key: bytes) -> None:
         """A connection from its first byte to its last. Nothing that comes over it ends the program."""
-        name, why = "", "it left"
+        name, why, welcome = "?", "it left", False
         try:
             hurry(conn, self.args.frame_s)
             deliver_challenge(conn, key)
             answer_challenge(conn, key)
-            name = conn.recv_bytes(64).decode("ascii")
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError("a name of other characters than letters, digits, _ . -")
-            with self.lock:
-                self.twin(name)
-                old, self.conns[name] = self.conns.get(name), conn
+            said = re.fullmatch(r"([\w.-]{1,64}) (\d+)", conn.recv_bytes(100).decode("ascii"))
+            name = said[1] if said else "?"
+            try:
+                if not said or int(said[2]) != self.crc:
+                    raise ValueError("its network is not the cloud's --arch" if said else "no name")
+                with self.lock:
+                    self.twin(name)
+                    old, self.conns[name] = self.conns.get(name), conn
+            except ValueError as e:
+                conn.send_bytes(str(e).encode())
+                raise
             if old:  # the edge came back before its old connection was known to be dead
                 hang_up(old)
-            print(f"edge {name}: connected", flush=True)
+            conn.send_bytes(WELCOME)
+            welcome = True
+            print(f"edge {name}: connected" + ", in the place of an older one" * bool(old), flush=True)
             while conn.poll(self.args.idle_s):
                 conn.send_bytes(self.answer(name, conn.recv_bytes(LARGEST)))
         except BROKEN as e:
             why = " ".join(str(e).split())[:80] or why
         finally:
             conn.close()
-            self.counts["refused_connections"] += not name
+            self.counts["refused_connections"] += not welcome
             if self.conns.get(name) is conn:
                 del self.conns[name]
-            print(f"edge {name or '?'}: gone ({why})", flush=True)
+            print(f"edge {name}: gone ({why})", flush=True)
 
     def accept_from(self, listener: Listener, key: bytes) -> None:
         """A thread a connection, without end; more than so many are closed at once."""
         while True:
-            conn = listener.accept()
+            try:
+                conn = listener.accept()
+            except OSError as e:
+                if e.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                    raise
+                time.sleep(0.1)  # until others leave
+                continue
             if len(self.threads) >= 2 * self.args.most_edges:
                 self.threads = {t for t in self.threads if t.is_alive()}
             if len(self.threads) >= 2 * self.args.most_edges:
@@ -188,6 +212,8 @@ class Server:
     def load(self) -> None:
         args = argparse.Namespace(**vars(cema_flags(self.args)) | {"resume": True})
         if saved := common.load_checkpoint(self.file, args):
+            if len(saved["twins"]) > self.args.most_edges:
+                raise InputError(f"{self.file}: holds {len(saved['twins'])} edges; raise --most-edges")
             common.restored(self.f, saved["f"])
             for name, state in saved["twins"].items():
                 common.restored(self.twin(name), state | {"cloud": state["cloud"] | {"f": saved["f"]}})
@@ -196,7 +222,10 @@ class Server:
     def save_now_and_then(self) -> None:
         while True:
             time.sleep(self.args.save_s)
-            self.save()
+            try:
+                self.save()
+            except (OSError, RuntimeError) as e:  # a full disk: it may have room again
+                print(f"{self.file}: not written ({e})", flush=True)
             steps = sum(twin.cloud.steps for twin in self.twins.values())
             figures = " | ".join(f"{k} {v}" for k, v in sorted(self.counts.items()))
             edges = f"{len(self.conns)} of {len(self.twins)} edges"

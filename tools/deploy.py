@@ -13,6 +13,7 @@ check needs integers at the input of every layer: of a network made with gdfq.py
 import argparse
 import gzip
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -136,17 +137,22 @@ class IntegerCheck:
 
     def __init__(self, q: nn.Module):
         self.worst, self.in_fp32 = {}, []
-        for name, source in layer_inputs(q).items():
+        calls = {}
+        for name, source in layer_inputs(q):
             quantizer = q.get_submodule(source.target) if source.op == "call_module" else None
-            if isinstance(quantizer, ActivationQuantizer):
-                self.watch(name, q.get_submodule(name), quantizer)
+            calls.setdefault(name, []).append(quantizer)
+        for name, quantizers in calls.items():
+            if all(isinstance(m, ActivationQuantizer) for m in quantizers):
+                self.watch(name, q.get_submodule(name), quantizers)
             else:
                 self.in_fp32.append(name)
 
-    def watch(self, name: str, layer: nn.Module, quantizer: ActivationQuantizer) -> None:
-        s_x, _ = common.step_and_zero(quantizer.lo, quantizer.hi, quantizer.bits)
+    @torch.no_grad()
+    def watch(self, name: str, layer: nn.Module, quantizers: list[ActivationQuantizer]) -> None:
+        # A layer that is called twice reads two tensors, in the same order every time.
+        steps = itertools.cycle([common.step_and_zero(m.lo, m.hi, m.bits)[0] for m in quantizers])
         to = (-1,) + (1,) * (layer.weight.ndim - 2)
-        scale, bias = (s_x * layer.step).view(to).double(), 0.0
+        s_w, bias = layer.step.view(to).double(), 0.0
         # The layer's own stride and padding: a padded 0 is the integer 0, too. Doubles hold integers up
         # to 2^53, so these sums are exact, in whatever order.
         sums_of = common.copy_of(layer).double()
@@ -157,10 +163,11 @@ class IntegerCheck:
         self.worst[name] = 0.0
 
         def replace(layer, inputs, out):
+            s_x = next(steps)
             sums = sums_of(torch.round(inputs[0] / s_x).double())
             if sums.abs().max() >= 2**31:
                 raise InputError(f"{name}: a sum does not fit int32")
-            y = (scale * sums + bias).float()
+            y = (s_x.double() * s_w * sums + bias).float()
             apart = ((y - out).abs().max() / out.abs().max().clamp_min(1e-30)).item()
             self.worst[name] = max(self.worst[name], apart)
             return y

@@ -31,7 +31,8 @@ import common  # noqa: E402
 from common import InputError, number  # noqa: E402
 from tools import data as images  # noqa: E402
 from tools import streams  # noqa: E402
-from tools.cloud import BROKEN, LARGEST, address_of, hurry, key_of, parse_with, with_wire  # noqa: E402
+from tools.cloud import (BROKEN, LARGEST, WELCOME, address_of, hello, hurry, key_of,  # noqa: E402
+                         parse_with, with_wire)
 
 
 def say(text: str) -> None:
@@ -43,9 +44,9 @@ class Carrier(threading.Thread):
 
     MOST = 16  # messages wait; a newer one pushes the oldest out
 
-    def __init__(self, address: tuple[str, int], key: bytes, name: str, answer_s: float):
+    def __init__(self, address: tuple[str, int], key: bytes, hello: bytes, answer_s: float):
         super().__init__(daemon=True)
-        self.address, self.key, self.edge, self.answer_s = address, key, name.encode(), answer_s
+        self.address, self.key, self.hello, self.answer_s = address, key, hello, answer_s
         self.out, self.arrived, self.counts = deque(), deque(), Counter()
         self.changed, self.connected = threading.Condition(), None  # None: not known yet
 
@@ -90,7 +91,9 @@ class Carrier(threading.Thread):
         hurry(conn, 10)
         answer_challenge(conn, self.key)
         deliver_challenge(conn, self.key)
-        conn.send_bytes(self.edge)
+        conn.send_bytes(self.hello)
+        if (answer := conn.recv_bytes(200)) != WELCOME:
+            raise ConnectionRefusedError(f"it says: {answer.decode(errors='replace')}")
         say("the cloud is there")
         self.connected = True
         return conn
@@ -120,13 +123,13 @@ def watched(folder: Path, size: int, batch_size: int, patience_s: float, once: b
 
     A file that cannot be read is tried again, as it may be half written, and given up after patience_s.
     """
-    seen, transform = set(), images.usual_transform(size)
+    seen, tried, transform = set(), {}, images.usual_transform(size)
     while True:
         files = {}  # name -> when it was last written
         for entry in os.scandir(folder):
             image = entry.name.lower().endswith(images.IMAGE_FILES) and entry.name[0] != "."
             if image and entry.name not in seen:
-                with contextlib.suppress(FileNotFoundError):  # taken away again
+                with contextlib.suppress(OSError):  # taken away again, or a link to itself
                     files[entry.name] = entry.stat().st_mtime
         x, names = [], []
         for name in sorted(files, key=files.get)[:batch_size]:
@@ -134,7 +137,8 @@ def watched(folder: Path, size: int, batch_size: int, patience_s: float, once: b
                 x.append(images.read_image(folder / name, transform))
                 names.append(name)
             except InputError as e:
-                if time.time() - files[name] < patience_s:
+                now = time.time()
+                if now - max(tried.setdefault(name, now), min(files[name], now)) < patience_s:
                     continue
                 say(str(e))
             seen.add(name)
@@ -166,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = cema.build_parser()
     a = with_wire(p, "tools/edge.py", __doc__)
     a("--connect", default="127.0.0.1:5555", metavar="HOST:PORT", help="where the cloud listens")
-    a("--name", default=socket.gethostname()[:60], help="by which the cloud knows its twin")
+    a("--name", default=socket.gethostname()[:60], help="of its twin; two edges, two names")
     a("--watch", metavar="DIR", help="a folder that is being filled, in place of --stream")
     a("--once", action=argparse.BooleanOptionalAction, default=False, help="of --watch: then end")
     a("--patience-s", type=number(float, 0), default=5, help="of --watch: for a file to become whole")
@@ -179,8 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     key, device = key_of(args), common.pick_device(args.device)
     address = address_of(args.connect, "--connect")
-    if not args.name.isascii() or not 0 < len(args.name) <= 64:
-        raise InputError(f"--name {args.name}: expected 1 to 64 letters, digits, _ . -")
+    hello(args.name, torch.nn.Identity())  # a wrong name before anything else
     args.amp = False
     if args.watch and not Path(args.watch).is_dir():
         raise InputError(f"--watch {args.watch}: no such folder")
@@ -202,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
         log = common.RunLog(common.check_out(Path(args.out), args))
         log.start(args, device)
     edge = cema.Edge(net, args, len(classes), counts)
-    carrier = Carrier(address, key, args.name, args.answer_s)
+    carrier = Carrier(address, key, hello(args.name, net), args.answer_s)
     carrier.start()
     t0 = time.perf_counter()
     try:
