@@ -480,9 +480,20 @@ def test_every_method_learns_what_its_name_says(everything):
     for method, (p, A, logits, T, a) in expected.items():
         of, step = lessons[method], steps[method]
         assert of.p is p.p and of.logits is logits.logits, method
+        assert of.by_labels == (p is proxy), method
         assert (p is none or of.A == A) and (logits is none or of.T == T), method
         assert (step["a"], step["b"]) == (a, 1), method
         assert ("feature" in step, "kd" in step) == (p is not none, logits is not none), method
+
+
+@pytest.mark.parametrize("flags, T", [("", 8.0), ("--temperature 3", 3.0)])
+def test_labelled_images_alone_are_taught_by_softened_logits(flags, T, tiny, tmp_path, monkeypatch):
+    """And by no p. Fails if the proxy teaches them as it teaches images whose label it has to tell."""
+    lessons, train = [], tdmr.train_student
+    monkeypatch.setattr(tdmr, "train_student", lambda *a: lessons.append(a[3]) or train(*a))
+    tdmr_py(f"--dataset {tiny} {QUICK} --methods tdmr --unlabelled 0 {flags} --out {tmp_path}")
+    step = read(tmp_path, "step")["tdmr"]
+    assert lessons[0].T == T and "feature" not in step and "kd" in step
 
 
 def test_the_cost_columns_count_what_a_row_needs(everything):

@@ -104,7 +104,7 @@ def test_runs_of_different_commands_are_not_averaged(tmp_path, fails):
     assert "different commands" in fails(table, str(tmp_path))
 
 
-@pytest.mark.parametrize("folders", ["tdmr/main/few-shots", "cema/ablation/*"])
+@pytest.mark.parametrize("folders", ["tdmr/older/few-shots", "cema/ablation/*"])
 def test_many_figures_and_many_folders_both_print_in_100_columns(folders, capsys):
     """16 figures, 16 folders. Fails if a line is always a folder, or always a figure."""
     paths = sorted(common.ROOT.glob(f"results/{folders}"))
@@ -122,7 +122,7 @@ def test_many_figures_and_many_folders_both_print_in_100_columns(folders, capsys
     ("gdfq/nothing", "no .jsonl log"),
     ("gdfq/trials/unfinished-cifar100", "finished"),
     ("pretrain/fashion_resnet20", "common.py"),
-    ("tdmr/shots/100 tdmr/shots/100-mlp", "--shots 100"),
+    ("tdmr/older/100 tdmr/older/100-mlp", "--shots 100"),
     ("cema/order/mixed cema/tuning/1500-tent1e-3", "uploads"),
 ])
 def test_plot_refuses_folders_that_make_no_figure(folders, what, tmp_path, fails):
@@ -137,7 +137,7 @@ def test_plot_refuses_folders_that_make_no_figure(folders, what, tmp_path, fails
     "gdfq/main/fashion_w4a4 gdfq/main/cifar100_w4a4_real",
     "cema/loop/default",
     "cema/budget/entropy-0.5 cema/budget/random-0.5",
-    "tdmr/shots/5 tdmr/main/unlabelled",
+    "tdmr/older/5 tdmr/older/20",
 ])
 def test_plot_draws_a_picture_of_finished_logs(folders, tmp_path):
     """Fails if a script's logs lack a key that its figure reads."""

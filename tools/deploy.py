@@ -178,12 +178,15 @@ class IntegerCheck:
 def check(q: nn.Module, data: common.Data, device: torch.device) -> None:
     """Prints how far each layer's integers lie from fake-quantized floats, and what answers differ."""
     torch.backends.cudnn.allow_tf32 = False
-    integer, differ, right = common.copy_of(q), 0, 0
+    integer, differ, right, margin = common.copy_of(q), 0, 0, 0.0
     watch = IntegerCheck(integer)
     for x, y in common.batches(data.test, 250 if data.size <= 64 else 50):
         x = common.to_input(x, data.mean, data.std, device)
-        answers = integer(x).argmax(1).cpu()
-        differ += (answers != q(x).argmax(1).cpu()).sum().item()
+        answers, logits = integer(x).argmax(1).cpu(), q(x).float().cpu()
+        others = answers != logits.argmax(1)
+        differ += others.sum().item()
+        first, second = logits.topk(2, 1).values.T  # a value between two codes may fall to either
+        margin = max([margin, *((first - second) / logits.abs().amax(1))[others].tolist()])
         right += (answers == y).sum().item()
     print(f"{'layer':<44}largest difference, relative")
     for name, apart in watch.worst.items():
@@ -191,7 +194,8 @@ def check(q: nn.Module, data: common.Data, device: torch.device) -> None:
     for name in watch.in_fp32:
         print(f"{name:<44}reads fp32: gdfq.py --quantize-input --quantize-add --quantize-pool")
     n = len(data.test)
-    print(f"{differ} of {n} answers differ; top-1 {100 * right / n:.2f} % in integer arithmetic")
+    near = f", where the two best logits lie within {margin:.1%}" * (differ > 0)
+    print(f"{differ} of {n} answers differ{near}; top-1 {100 * right / n:.2f} % in integer arithmetic")
 
 
 # ===== What the file holds ============================================================================
