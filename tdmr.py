@@ -662,7 +662,7 @@ def train_student(student: nn.Module, rows: Rows, data: common.Data, lesson: Les
         # psi maps h to p's width; it is thrown away after the training.
         if lesson.p is not None:
             # p lies where the label pulled it: on a labelled image it would teach the label once more.
-            # ABLATE: teach it there, too: 36.45 and not 37.40 with labelled CIFAR-10 alone (no log kept).
+            # ABLATE: teach it there, too: 36.45, not 37.40, with labelled CIFAR-10 alone (no log kept).
             known = len(mine) if lesson.by_labels else 0
             if known < len(at):
                 p = lesson.p[at[known:]].to(device).float()
