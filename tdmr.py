@@ -60,7 +60,8 @@ Departures from the spirit of the abstract, with the flag that goes back.
     D5  bf16 autocast in F and in S's training, where the hardware has it.               --no-amp
 
     python tdmr.py                                # 20 labels a class, 4,000 images without: 8 minutes
-    python tdmr.py --unlabelled 0 --methods all   # the labelled images alone; every ablation
+    python tdmr.py --unlabelled 0                 # the labelled images alone: no p, nothing fades
+    python tdmr.py --methods all                  # every ablation, and F fine-tuned
     python tdmr.py --foundation swin_t --dataset /path/to/imagefolder --target mobilenet_v3_small
 """
 
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--labelled-views", type=count, default=8, help="of a labelled image; there are few of them")
     a("--taps", type=whole, default=9, help="depths of F that join f; 0: the last feature alone")
     a = p.add_argument_group("step 1: the proxy").add_argument
-    a("--shrink", type=shrinkage, default="auto", help="of the covariance; huge: no whitening")
+    a("--shrink", type=shrinkage, default="auto", help="of the covariance; auto: by left-out labels")
     a("--logit-std", type=number(float, 1e-3), default=6.0, help="standard deviation of o_P")
     a("--neighbours", type=whole, default=10, help="in the k-NN graph; 0: no label propagation")
     a("--spread", type=number(float, 0, 0.9999), default=0.95, help="share taken from the neighbours")
