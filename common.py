@@ -68,13 +68,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, lo: float = -math.inf, hi: float = math.inf):
-    """An argparse type: a finite int or float in [lo, hi]."""
+def number(kind: type, lo: float = -math.inf, hi: float = math.inf, word: str = ""):
+    """An argparse type: a finite int or float in [lo, hi], or the word."""
     above = f" of at least {lo}" if math.isfinite(lo) else ""
     bounds = f" from {lo} to {hi}" if math.isfinite(hi) else above
     expected = f"expected {'an integer' if kind is int else 'a number'}{bounds}"
+    expected += f", or {word}" * bool(word)
 
     def parse(text: str):
+        if text and text == word:
+            return word
         try:
             value = kind(text)
         except ValueError:

@@ -90,10 +90,6 @@ SCHEDULES = ("features-then-logits", "fade", "decay", "constant")
 SHRINKS = (10, 3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # that --shrink auto chooses from
 
 
-def shrinkage(text: str) -> float | str:
-    return text if text == "auto" else number(float, 1e-6)(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     p = common.Parser(prog="tdmr.py", description=__doc__.split("\n\n")[0])
     share, positive = number(float, 0, 1), number(float, 0)
@@ -116,7 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     a("--labelled-views", type=count, default=8, help="of a labelled image; there are few of them")
     a("--taps", type=whole, default=9, help="depths of F that join f; 0: the last feature alone")
     a = p.add_argument_group("step 1: the proxy").add_argument
-    a("--shrink", type=shrinkage, default="auto", help="of the covariance; auto: by left-out labels")
+    a("--shrink", type=number(float, 1e-6, word="auto"), default="auto",
+      help="of the covariance within classes; auto: by left-out labels")
     a("--logit-std", type=number(float, 1e-3), default=6.0, help="standard deviation of o_P")
     a("--neighbours", type=whole, default=10, help="in the k-NN graph; 0: no label propagation")
     a("--spread", type=number(float, 0, 0.9999), default=0.95, help="share taken from the neighbours")

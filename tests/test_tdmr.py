@@ -598,6 +598,7 @@ def test_an_unknown_keyword_is_a_type_error_and_a_wrong_value_an_input_error():
     ("--shots 501 --unlabelled 0", "--shots 501: class T-shirt/top has only 500 train images"),
     ("--unlabelled 4801", "only 4800 train images are left"),
     ("--fraction 0.002 --unlabelled 0", "has only 0 train images"),
+    ("--shrink often", "'often': expected a number of at least 1e-06, or auto"),
     ("--foundation squeezenet1_0 --foundation-weights {tmp}/w.pt", "its feature cannot be found"),
     ("--foundation resnet21", "--foundation resnet21: no such network"),
     ("--foundation resnet44", "tools/pretrain.py --arch resnet44 --dataset cifar100"),
