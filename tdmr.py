@@ -653,7 +653,7 @@ def train_student(student: nn.Module, rows: Rows, data: common.Data, lesson: Les
             out = student(common.to_input(rows.images[at], data.mean, data.std, device))
         # Inception and GoogLeNet add auxiliary heads while training.
         out = (out if isinstance(out, Tensor) else out[0]).float()
-        # CE sees the labelled images alone; the two distillation terms see all of them.
+        # CE sees the labelled images alone, the distilled logits all of them.
         a, b = progress_weights(i / hp.steps, lesson.schedule)
         terms = {"ce": hp.ce_weight * F.cross_entropy(out[:len(mine)], labels[mine].to(device))}
         # ABLATE: without the feature term (kd-proxy) 80.77 and not 81.27; on CIFAR-10 it is worth more.
