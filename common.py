@@ -47,6 +47,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 
+# On Linux torch then keeps large tensors in large pages, with fewer faults: an EfficientNet-Lite0 on 96
+# images of 224 px is 1.8 times as fast on a CPU core. At 32 px it makes no difference.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 # ===== Errors and machine ============================================================================
 
 

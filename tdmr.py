@@ -438,7 +438,8 @@ def cached_features(file: Path, extractor: Extractor, images: Tensor, together: 
             print(f"features: {file.name} of this folder is reused, F does not run", flush=True)
             return saved["features"], len(images), saved["seconds"]
         print(f"features: {file} is of other images, views or another F; computed anew", flush=True)
-    parts, batch = {}, list(enumerate(images.split(250)))[rank::world]
+    size = 250 if extractor.foundation.size <= 64 else 50  # 250 images of 224 px need gigabytes
+    parts, batch = {}, list(enumerate(images.split(size)))[rank::world]
     bar = common.Progress(0, len(batch))
     for i in bar:
         n, x = batch[i]
@@ -788,11 +789,11 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out or common.default_out("tdmr", name, args, parse([]), told))
     own = len(args.seeds) > 1 or not args.out  # a folder a seed
     folders = {seed: out / f"seed{seed}" if own else out for seed in args.seeds}
+    hps = {seed: argparse.Namespace(**vars(args) | {"out": out, "seed": seed}) for seed in args.seeds}
     # Every check comes before anything is written.
-    for seed in args.seeds:
-        hp = argparse.Namespace(**vars(args), seed=seed)
+    for seed, hp in hps.items():
         common.check_out(folders[seed], hp)
-        few_shot(common.labels_of(data.train), data.classes, args, seed)
+        few_shot(common.labels_of(data.train), data.classes, hp, seed)
     C = len(data.classes)
     if (n := last_linear(build("--target", args.target, C), data.size, "--target").out_features) != C:
         raise InputError(f"--target {args.target}: knows {n} classes, the data have {C}")
@@ -801,12 +802,11 @@ def main(args: argparse.Namespace) -> None:
           f"{'bf16' if args.amp else 'fp32'}")
     runs, table = {}, {}
     for seed in args.seeds if world > len(args.seeds) else []:
-        share_features(argparse.Namespace(**vars(args), seed=seed), data, extractor, folders[seed])
+        share_features(hps[seed], data, extractor, folders[seed])
     for seed in args.seeds[rank::world]:  # torchrun's processes take the seeds in turn
-        hp = argparse.Namespace(**vars(args), seed=seed)
         log = common.RunLog(folders[seed], alone=True)
         log.start(args, device)
-        runs[seed] = run_seed(hp, methods, data, extractor, log, device)
+        runs[seed] = run_seed(hps[seed], methods, data, extractor, log, device)
     every = {seed: rows for runs in common.gather(runs) for seed, rows in runs.items()}
     for seed in args.seeds:
         for method, row in every[seed].items():
@@ -828,7 +828,7 @@ def share_features(hp, data: common.Data, extractor: Extractor, folder: Path) ->
     """More processes than seeds: first all of them run F, and leave its features for `run_seed`."""
     cached_features(folder / "features.pt", extractor, rows_of(hp, data).images, together=True)
     every = take(data.test, torch.arange(len(data.test)))
-    cached_features(folder / "features_test.pt", extractor, every, together=True)
+    cached_features(hp.out / "features_test.pt", extractor, every, together=True)
 
 
 def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, log, device) -> dict:
@@ -852,7 +852,8 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
         net, choice = step1.train(name)
         lessons[name], train_s[name], params[name] = step1.teach(net), time.time() - t0, trainable(net)
         every = take(data.test, torch.arange(len(data.test)))
-        test_features = cached_features(folder / "features_test.pt", extractor, every)[0]
+        # Of all seeds alike, and so above their folders: F sees 10,000 images once, not once a seed.
+        test_features = cached_features(hp.out / "features_test.pt", extractor, every)[0]
         acc = head_accuracy_pct(net, test_features, common.labels_of(data.test), device)
         results[f"acc_{name}_pct"] = acc
         log.write("eval", method=name, acc_pct=acc, **choice, params=params[name], train_s=train_s[name])

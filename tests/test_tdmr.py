@@ -530,9 +530,10 @@ def test_finetuning_leaves_the_foundation_as_it_is_and_keeps_nothing(everything)
 def test_a_seed_repeats_a_row_and_features_are_reused(cached, everything, tiny, tmp_path):
     """To the bit, alone or among all methods, with F run again or not at all. Fails if anything is drawn
     without the seed, or a second run does not find the first one's features."""
-    folder = everything[1] / "seed1"
-    for name in ("features.pt", "features_test.pt") if cached else ():
-        shutil.copy(folder / name, tmp_path)
+    text, folder = everything[0], everything[1] / "seed1"
+    for file in (folder / "features.pt", everything[1] / "features_test.pt") if cached else ():
+        shutil.copy(file, tmp_path)
+    assert text.count("features_test.pt of this folder is reused") == 3  # two heads, two seeds, one pass
     text = tdmr_py(f"--dataset {tiny} --methods tdmr --seeds 1 {QUICK} --out {tmp_path}")
     assert text.count("F does not run") == 2 * cached  # train and test
     assert read(tmp_path, "end")[None]["foundation_forwards"] == SOURCES  # what they cost when made
