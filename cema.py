@@ -39,7 +39,8 @@ Protocol: the questions that are otherwise asked in issues.
 
     Which parameters move?     Weight and bias of norm layers, in f and in the twin. Nothing else.
     Whence BN statistics?      --bn ema: of the edge's newest 64 images; from the first download on the
-                               cloud's, which uploaded and replayed images move. --bn batch: each
+                               cloud's, which uploaded and replayed images move: they can lock, when
+                               an abrupt change lets nothing pass (results/cema.md). --bn batch: each
                                batch's, as the baselines. --bn source: those of training.
     Predict or update first?   Predict. An image is scored with parameters that never saw it.
     Who sees labels?           Nobody. They are counted in `main`, outside every method.

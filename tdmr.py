@@ -731,21 +731,22 @@ TEACHERS = {"scratch": (None, None), "kd": (None, "probe"), "fitnet": ("probe", 
 
 def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundation:
     """A given file, else weights/<data>_<arch>.pt, else torchvision's weights. Or InputError."""
-    arch, about = args.foundation or "resnet20x2", {}
+    arch, about, origin = args.foundation or "resnet20x2", {}, "torchvision's weights"
     shipped = common.ROOT / "weights" / f"{args.foundation_data}_{common.short_name(arch)}.pt"
     file = Path(args.foundation_weights or shipped)
     if args.foundation_weights == "none" and ":" in arch:
         model = common.build_model(arch, 1000, flag="--foundation").eval()
         about = {k: getattr(model, k) for k in ("size", "mean", "std") if hasattr(model, k)}
+        origin = "its own weights"
     elif args.foundation_weights or file.exists():
         model, about = common.load_network(file, args.foundation, flag="--foundation")
+        origin = file.name
     elif common.CIFAR_ARCH.fullmatch(arch):
         raise InputError(f"no weights for {arch} on {args.foundation_data}: expected weights/{file.name}"
                          " or --foundation-weights FILE; make it with: python tools/pretrain.py "
                          f"--arch {arch} --dataset {args.foundation_data}")
     else:
         model = common.build_model(arch, 1000, "DEFAULT", "--foundation")
-    origin = file.name if about else "weights of torchvision"
     if "acc_pct" in about:
         origin += f", {about['acc_pct']:.2f} % on {about.get('dataset')} by its own record"
     print(f"foundation: {about.get('arch', arch)}, {origin}")
