@@ -526,6 +526,14 @@ def test_finetuning_leaves_the_foundation_as_it_is_and_keeps_nothing(everything)
     assert len(e.seen) == 10 and not any(t.requires_grad for t in e.seen)
 
 
+def test_a_foundation_of_your_own_brings_its_own_weights(tmp_path, capsys):
+    """Without a size of its own it is fed 224 px. Fails if the first line names torchvision's weights."""
+    (tmp_path / "net.py").write_text("import common\ndef f(): return common.build_model('resnet8', 10)\n")
+    args = tdmr.parse(["--foundation", f"{tmp_path}/net.py:f", "--foundation-weights", "none"])
+    assert tdmr.load_foundation(args, torch.device("cpu")).size == 224
+    assert capsys.readouterr().out.strip().endswith("net.py:f, its own weights")
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_seed_repeats_a_row_and_features_are_reused(cached, everything, tiny, tmp_path):
     """To the bit, alone or among all methods, with F run again or not at all. Fails if anything is drawn
