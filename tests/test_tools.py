@@ -122,7 +122,7 @@ def test_many_figures_and_many_folders_both_print_in_100_columns(folders, capsys
     ("gdfq/nothing", "no .jsonl log"),
     ("gdfq/trials/unfinished-cifar100", "finished"),
     ("pretrain/fashion_resnet20", "common.py"),
-    ("tdmr/older/100 tdmr/older/100-mlp", "--shots 100"),
+    ("tdmr/older/100 tdmr/older/100-mlp tdmr/older/20", "--shots 100"),
     ("cema/order/mixed cema/tuning/1500-tent1e-3", "uploads"),
 ])
 def test_plot_refuses_folders_that_make_no_figure(folders, what, tmp_path, fails):
@@ -138,6 +138,7 @@ def test_plot_refuses_folders_that_make_no_figure(folders, what, tmp_path, fails
     "cema/loop/default",
     "cema/budget/entropy-0.5 cema/budget/random-0.5",
     "tdmr/older/5 tdmr/older/20",
+    "tdmr/main/unlabelled",
 ])
 def test_plot_draws_a_picture_of_finished_logs(folders, tmp_path):
     """Fails if a script's logs lack a key that its figure reads."""

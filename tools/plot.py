@@ -4,7 +4,8 @@
 
     gdfq.py     accuracy against iterations and minutes (--eval-every), and the gap in each BN layer
     cema.py     one folder: accuracy of each method in each pass of --loop; several: against uploads
-    tdmr.py     accuracy of each method against --shots, a folder for each
+    tdmr.py     accuracy of each method against its seconds, F's pass among them; with folders
+                of several --shots: against those
 
 A folder holds finished runs of one command, one log a seed. Bars are one sample standard deviation.
 Needs matplotlib.
@@ -111,8 +112,29 @@ def draw_uploads(ax, runs: dict[Path, list]) -> None:
 
 
 def draw_tdmr(plt, runs: dict[Path, list]):
-    """A line for each method that all logs have; teachers are dashed."""
     fig, ax = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    one = len({logs[0][0]["args"]["shots"] for logs in runs.values()}) == 1
+    (draw_seconds if one else draw_shots)(ax, runs)
+    return fig
+
+
+def draw_seconds(ax, runs: dict[Path, list]) -> None:
+    """A line for each method, a point for each folder: its seconds in step 1 (F's pass, fit) and 2."""
+    points = {}
+    for logs in runs.values():
+        evals = [r for log in logs for r in log if r["event"] == "eval" and "step2_s" in r]
+        for method in dict.fromkeys(r["method"] for r in evals):
+            mine = [r for r in evals if r["method"] == method]
+            seconds = statistics.mean(r["step1_s"] + r["step2_s"] for r in mine)
+            points.setdefault(method, []).append((seconds, [r["acc_pct"] for r in mine]))
+    for method, line in points.items():
+        x, y = zip(*sorted(line))
+        curve(ax, x, y, label=label(method.replace("-", "_")))
+    ax.set(xlabel="seconds a seed", ylabel=TOP1, xlim=(0, None))
+
+
+def draw_shots(ax, runs: dict[Path, list]) -> None:
+    """A line for each method that all logs have; teachers are dashed."""
     points = {}
     for folder, logs in runs.items():
         shots = logs[0][0]["args"]["shots"]
@@ -129,7 +151,6 @@ def draw_tdmr(plt, runs: dict[Path, list]):
     ax.set(xlabel="labelled images a class", ylabel=TOP1, xscale="log")
     ax.set_xticks(shots, [str(s) for s in shots])
     ax.minorticks_off()
-    return fig
 
 
 # ===== Run =============================================================================================
