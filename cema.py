@@ -803,8 +803,9 @@ def networks(args: argparse.Namespace, data: common.Data, keep, device,
             raise InputError(f"{flag} {arch}: {e}") from None
     dataset = args.dataset if args.stream in ("generated", "cifar-c") else data.name
     dataset, nets = "imagenet" if len(data.classes) == 1000 else dataset, []
-    for arch, weights in (of[flag] for flag in flags):
-        net, d, source = common.find_weights(arch, dataset, data, weights, device)
+    for flag in flags:
+        arch, weights = of[flag]
+        net, d, source = common.find_weights(arch, dataset, data, weights, device, flag)
         print(f"{'cloud' if nets else 'edge'}: {source}")
         net.to(device, memory_format=torch.channels_last)
         nets.append(FromBytes(net, d.mean, d.std, keep))

@@ -605,10 +605,10 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
     return tool("weights").load_network(file, arch, num_classes, flag)
 
 
-def find_weights(arch: str, dataset: str, data: Data, weights: str | None,
-                 device: torch.device) -> tuple[nn.Module, Data, str]:
+def find_weights(arch: str, dataset: str, data: Data, weights: str | None, device: torch.device,
+                 flag: str = "--arch") -> tuple[nn.Module, Data, str]:
     """The full-precision network, the data with its normalisation, a line on its origin: see there."""
-    return tool("weights").find(arch, dataset, data, weights, device)
+    return tool("weights").find(arch, dataset, data, weights, device, flag)
 
 
 # ===== BatchNorm and entropy =========================================================================

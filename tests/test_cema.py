@@ -904,6 +904,8 @@ def test_every_part_fires_under_default_flags(miniature):
     ("--methods magic", "--methods"),
     ("--arch resnet99", "--arch resnet99: no such network"),
     ("--foundation resnet99", "--foundation resnet99: no such network"),
+    (f"--foundation resnet8 --foundation-weights {WEIGHTS}/fashion_resnet20.pt",
+     "--foundation is resnet8, and the file"),
     ("--weights nowhere.pt", "nowhere.pt"),
     (f"--foundation-weights {WEIGHTS}/cifar100_resnet20.pt --foundation resnet20", "100 classes"),
     ("--out {tmp}/file/x", "cannot be written"),

@@ -96,8 +96,8 @@ def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
         raise InputError(f"{file}: has its classes in another order than {data.name}")
 
 
-def find(arch: str, dataset: str, data: Data, weights: str | None,
-         device: torch.device) -> tuple[nn.Module, Data, str]:
+def find(arch: str, dataset: str, data: Data, weights: str | None, device: torch.device,
+         flag: str = "--arch") -> tuple[nn.Module, Data, str]:
     """The full-precision network, the data with the network's normalisation, and a line on its origin.
 
     In this order: `weights` if given, "none" for a network of yours that has its own;
@@ -124,7 +124,7 @@ def find(arch: str, dataset: str, data: Data, weights: str | None,
         common.check_out(shipped.parent)
         print(f"weights: none for {arch}; pretraining it on the 5,000 embedded images, once", flush=True)
         common.tool("pretrain").short(arch, data, shipped, device)
-    model, about = load_network(file, arch, C)
+    model, about = load_network(file, arch, C, flag)
     same_classes(model, about.get("classes", data.classes), data, file)
     model, data = as_it_says(model, about, data, file)
     shown = file.relative_to(common.ROOT) if file.is_relative_to(common.ROOT) else file
