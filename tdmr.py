@@ -741,7 +741,7 @@ def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundatio
     elif args.foundation_weights or file.exists():
         model, about = common.load_network(file, args.foundation, flag="--foundation")
         origin = file.name
-    elif common.CIFAR_ARCH.fullmatch(arch):
+    elif common.CIFAR_ARCH.fullmatch(arch) or ":" in arch:
         raise InputError(f"no weights for {arch} on {args.foundation_data}: expected weights/{file.name}"
                          " or --foundation-weights FILE; make it with: python tools/pretrain.py "
                          f"--arch {arch} --dataset {args.foundation_data}")

@@ -618,6 +618,7 @@ def test_an_unknown_keyword_is_a_type_error_and_a_wrong_value_an_input_error():
     ("--target squeezenet1_0", "--target: its feature cannot be found"),
     ("--target alexnet", "--target: does not run on 32 px images"),
     ("--target {own}:make_three", "knows 3 classes, the data have 10"),
+    ("--foundation {own}:make_three", "weights/cifar100_my_net-make_three.pt or --foundation-weights FILE"),
     ("--foundation {own}:nothing --foundation-weights none", "has no attribute 'nothing'"),
     ("--methods tdmr magic", "--methods"),
     ("--seeds 1 1", "named twice"),
