@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--wnids", help="imagenet-r: a folder or file that names ImageNet's 1000 classes")
     a = p.add_argument_group("edge").add_argument
     a("--e0", type=positive, default=0.4, help="E_0 / ln C; larger uploads more. Published: 0.4")
-    a("--lam", type=positive, default=1.0, help="lambda of E_max; 100 switches it off. Published: 1 [?]")
+    a("--lam", type=positive, default=1.0, help="of E_max; 100 --no-dynamic: none. Published: 1 [?]")
     a("--dynamic", action=yes_no, default=True, help="E_max follows the mean entropy; released code: no")
     a("--warmup-batches", type=number(int, 1), default=10, help="before E_max moves; ours [?]")
     a("--e-min", type=positive, default=0.02, help="E_min / ln C; paper: 0.02; released code: 0, none")
@@ -676,9 +676,9 @@ class CEMA:
         method = CEMA(edge_model, foundation, image_size=32, lam=0.5)  # keywords are the flags
         logits = method.step(x)                                        # learning happens behind it
 
-    Both networks map uint8 images (B, 3, S, S) to logits (B, C), see FromBytes, and are copied. Raises
-    InputError for networks without norm layers or with different classes, for a replay buffer smaller
-    than a draw, and for an E_min above E_max.
+    Both networks map uint8 images (B, 3, S, S) to logits (B, C), see FromBytes, and are copied; bf16:
+    amp=True. Raises InputError for networks without norm layers or with different classes, for a replay
+    buffer that is never used, and for an E_min above E_max.
     """
 
     STATE = ("edge", "link", "cloud", "since_work")
@@ -699,8 +699,8 @@ class CEMA:
                 if not torch.allclose(same, net(noise), rtol=1e-3, atol=1e-3):
                     raise InputError(f"{type(net).__name__} answers differently once its BatchNorms can "
                                      "adapt: one of them does more than normalise")
-        if 0 < hp.replay < max(hp.replay_min, hp.replay_draw):
-            raise InputError(f"--replay {hp.replay}: smaller than --replay-min {hp.replay_min} or "
+        if 0 < hp.replay < max(hp.replay_min + hp.replay_only, hp.replay_draw):
+            raise InputError(f"--replay {hp.replay}: too few for --replay-min {hp.replay_min} or "
                              f"--replay-draw {hp.replay_draw}; raise it, or --replay 0 for none")
         if hp.e_min >= hp.e0 * (max(1, hp.lam) if hp.dynamic else hp.lam):
             raise InputError(f"--e-min {hp.e_min}: not below E_max, --e0 {hp.e0} and --lam {hp.lam}, so "

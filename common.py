@@ -207,9 +207,9 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def seeded(seed: int):
-    """Within it torch's global generator starts from the seed; after it, it is where it was."""
+    """Within it torch's CPU generator starts from the seed; after it, it is where it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset a GPU's for good
         yield
 
 
@@ -455,8 +455,9 @@ def own_network(arch: str, num_classes: int, flag: str) -> nn.Module:
     sys.path.insert(0, str(Path(where).resolve().parent if is_file else Path.cwd()))  # what it imports
     try:
         if is_file:  # by its path: another module may have its name
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+            spec = importlib.util.spec_from_file_location(where, where)
+            sys.modules[where] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+            spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
         make = getattr(module, name)

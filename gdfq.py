@@ -462,7 +462,8 @@ class GDFQ:
         method.student      # fake-quantized nn.Module in eval mode; `pack` makes it small
 
     `model` maps normalised images (B, 3, S, S) to logits (B, C) and is copied, not touched. A recipe:
-    **RECIPES["many-classes"]. Raises InputError for a model without BatchNorm, or sides not of 4 n px.
+    **RECIPES["many-classes"], from 6 bits on without its percentile; bf16: amp=True. Raises InputError
+    for a model without BatchNorm, or sides not of 4 n px.
     """
 
     STATE = ("generator", "student", "opt_g", "opt", "rng", "iteration", "buffer")

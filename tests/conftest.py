@@ -48,8 +48,14 @@ def own(tiny_weights, tmp_path_factory):
     """A file of a user's: make(4) is an untrained network, make_trained() one with the tiny weights."""
     file = tmp_path_factory.mktemp("own") / "my_net.py"
     file.write_text(f"""
+from __future__ import annotations
+from dataclasses import dataclass
 import torch
 from torch import nn
+
+@dataclass
+class Config:  # looks for its module among those that are imported
+    width: int = 8
 
 class Net(nn.Module):
     mean, std = [0.4, 0.4, 0.4], [0.3, 0.3, 0.3]

@@ -749,7 +749,8 @@ def test_keywords_are_the_flags_and_checked_as_such():
             quick(**kw)
     for kw, words in ((dict(select="Random"), "--select"), (dict(bn="batches"), "--bn"),
                       (dict(lr=-1.0), "--lr"), (dict(link_drop=1.5), "--link-drop"),
-                      (dict(replay=10), "--replay 10: smaller"), (dict(e_min=0.5), "--e-min 0.5: not"),
+                      (dict(replay=10), "--replay 10: too few"), (dict(e_min=0.5), "--e-min 0.5: not"),
+                      (dict(replay=16), "--replay 16: too few for --replay-min 16"),
                       (dict(dynamic=False, lam=0.04), "--e-min 0.02: not"),
                       (dict(select=True), "select True: expected what --select takes"),
                       (dict(dynamic="no"), "dynamic 'no': expected True or False"),

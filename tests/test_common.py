@@ -691,6 +691,17 @@ def test_a_network_of_ones_own_comes_from_a_file_or_a_module(own, tiny, monkeypa
     assert names == ["my_net-make", "resnet8"]
 
 
+def test_a_seed_within_leaves_the_callers_random_numbers(monkeypatch):
+    """Those of a GPU, too. Fails if torch.manual_seed is called, which resets all devices for good."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    before = torch.get_rng_state()
+    with common.seeded(3):
+        first = torch.rand(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    with common.seeded(3):
+        assert torch.equal(torch.rand(2), first)
+
+
 @pytest.mark.parametrize("arch, weights, words", [
     ("{}:mak", "none", "--arch .*AttributeError.*mak"), ("{}x.py:make", "none", "FileNotFoundError"),
     ("{}:make_list", "none", "gives a list; expected an nn.Module"),
