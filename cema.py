@@ -807,7 +807,8 @@ def networks(args: argparse.Namespace, data: common.Data, keep, device,
         arch, weights = of[flag]
         net, d, source = common.find_weights(arch, dataset, data, weights, device, flag)
         print(f"{'cloud' if nets else 'edge'}: {source}")
-        net.to(device, memory_format=torch.channels_last)
+        example = torch.zeros(2, 3, data.size, data.size, device=device)
+        common.check_network(net.to(device, memory_format=torch.channels_last), example)
         nets.append(FromBytes(net, d.mean, d.std, keep))
     args.weights_crc = common.crc_of(*nets)  # --resume with another file of the same name is refused
     return nets

@@ -269,13 +269,13 @@ def last_linear(model: nn.Module, size: int, flag: str) -> nn.Linear:
         if isinstance(m, nn.Linear):
             hook = m.register_forward_hook(lambda m, inputs, out: ran.append((m, inputs[0], out)))
             hooks.append(hook)
-    training, device = model.training, next(model.parameters()).device
+    training, x = model.training, torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
     try:
+        common.check_network(model.eval(), x)  # after which it takes channels_last images
         with torch.no_grad():
-            out = model.eval()(torch.zeros(2, 3, size, size, device=device))
-    except (RuntimeError, AssertionError, ValueError) as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"{flag}: does not run on {size} px images ({why})") from None
+            out = model(x)
+    except InputError as e:
+        raise InputError(f"{flag}: {e}") from None
     finally:
         model.train(training)
         for hook in hooks:
@@ -700,7 +700,7 @@ def estimate_s(rows: Rows, students: list, data: common.Data, extractor: Extract
     extractor(x)
     f_s, t0 = (time.time() - t0) / len(x), time.time()
     with seeded(0), common.autocast(device, hp.amp):
-        net = build("--target", hp.target, len(data.classes)).to(device).train()
+        net = build("--target", hp.target, len(data.classes), data.size).to(device).train()
         out = net(common.to_input(x, data.mean, data.std, device))
         (out if isinstance(out, Tensor) else out[0]).float().sum().backward()
     step_s = time.time() - t0
@@ -735,9 +735,7 @@ def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundatio
     shipped = common.ROOT / "weights" / f"{args.foundation_data}_{common.short_name(arch)}.pt"
     file = Path(args.foundation_weights or shipped)
     if args.foundation_weights == "none" and ":" in arch:
-        model = common.build_model(arch, 1000, flag="--foundation").eval()
-        about = {k: getattr(model, k) for k in ("size", "mean", "std") if hasattr(model, k)}
-        origin = "its own weights"
+        model, origin = common.build_model(arch, 1000, flag="--foundation").eval(), "its own weights"
     elif args.foundation_weights or file.exists():
         model, about = common.load_network(file, args.foundation, flag="--foundation")
         origin = file.name
@@ -750,15 +748,18 @@ def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundatio
     if "acc_pct" in about:
         origin += f", {about['acc_pct']:.2f} % on {about.get('dataset')} by its own record"
     print(f"foundation: {about.get('arch', arch)}, {origin}")
+    about = {k: getattr(model, k) for k in ("size", "mean", "std") if hasattr(model, k)} | about
     mean, std = common.IMAGENET_NORM
     f = Foundation(model, about.get("size", 224), about.get("mean", mean), about.get("std", std))
     return f.to(device, memory_format=torch.channels_last)
 
 
-def build(flag: str, arch: str, classes: int, seed: int = 0) -> nn.Module:
-    """A network with initial weights from the seed; a wrong name is reported with its flag."""
+def build(flag: str, arch: str, classes: int, size: int = 32, seed: int = 0) -> nn.Module:
+    """A network with initial weights from the seed; a wrong one is reported with its flag."""
     with seeded(seed):
-        return common.build_model(arch, classes, flag=flag).to(memory_format=torch.channels_last)
+        net = common.build_model(arch, classes, flag=flag).to(memory_format=torch.channels_last)
+    last_linear(net, size, flag)
+    return net
 
 
 def take(split, index: Tensor) -> Tensor:
@@ -796,7 +797,8 @@ def main(args: argparse.Namespace) -> None:
         common.check_out(folders[seed], hp)
         few_shot(common.labels_of(data.train), data.classes, hp, seed)
     C = len(data.classes)
-    if (n := last_linear(build("--target", args.target, C), data.size, "--target").out_features) != C:
+    target = build("--target", args.target, C, data.size)
+    if (n := last_linear(target, data.size, "--target").out_features) != C:
         raise InputError(f"--target {args.target}: knows {n} classes, the data have {C}")
     extractor = Extractor(load_foundation(args, device), args.taps, device, args.amp)
     print(f"device: {common.device_name(device)}, {torch.get_num_threads()} threads, "
@@ -806,7 +808,7 @@ def main(args: argparse.Namespace) -> None:
         share_features(hps[seed], data, extractor, folders[seed])
     for seed in args.seeds[rank::world]:  # torchrun's processes take the seeds in turn
         log = common.RunLog(folders[seed], alone=True)
-        log.start(args, device)
+        log.start(argparse.Namespace(**vars(args) | {"seed": seed}), device)
         runs[seed] = run_seed(hps[seed], methods, data, extractor, log, device)
     every = {seed: rows for runs in common.gather(runs) for seed, rows in runs.items()}
     for seed in args.seeds:
@@ -814,7 +816,8 @@ def main(args: argparse.Namespace) -> None:
             table.setdefault(method, []).append(row)
     print_table(table, f"{args.target} on {data.name}")
     print(f"labelled: {shots} {'a class' if args.fraction is None else 'of all'}; last state, "
-          f"{len(data.test)} test images\n{out}/{'seed*/' * own}: log.jsonl, tdmr.pt")
+          f"{len(data.test)} test images\n{out}/{'seed*/' * own}: "
+          f"log.jsonl{', tdmr.pt' * ('tdmr' in methods)}")
 
 
 def rows_of(hp, data: common.Data) -> Rows:
@@ -844,7 +847,7 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
           f"{len(extractor.taps)} depths{' (no blocks found)' * (not extractor.taps)}", flush=True)
 
     # Step 1: probe and proxy, each only if a method needs it.
-    student = build("--target", hp.target, C, hp.seed)
+    student = build("--target", hp.target, C, data.size, hp.seed)
     step1, table, results = Step1(rows, features, C, hp, device), {}, {}
     lessons, train_s, params = {None: (None, None)}, {}, {None: 0}
     needed = [source for m in methods for source in TEACHERS.get(m, ("probe",) if m == "probe" else ())]
@@ -878,7 +881,7 @@ def run_seed(hp, methods: list[str], data: common.Data, extractor: Extractor, lo
                             A=hp.fitnet_weight if method == "fitnet" else hp.feature_weight,
                             T=hp.probe_temperature if source == "probe" else temperature,
                             schedule=hp.schedule if method in ("tdmr", "tdmr-no-proxy") else "constant")
-            net = build("--target", hp.target, C, hp.seed).to(device)
+            net = build("--target", hp.target, C, data.size, hp.seed).to(device)
             net = train_student(net, rows, data, lesson, hp, device, log)
             # FitNet needs F's features alone, nothing that step 1 trains.
             uses_f, step2_s = source is not None, time.time() - t0

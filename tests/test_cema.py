@@ -732,6 +732,13 @@ def test_images_that_are_not_uint8_of_the_right_size_are_one_clear_line():
             quick().step(x)
 
 
+def test_an_edge_network_that_calls_view_takes_channels_last_images(own, tiny):
+    """Fails if what is checked is not what tools/edge.py runs."""
+    args = cema.parse(["--arch", f"{own}:make", "--weights", "none", "--dataset", str(tiny)])
+    net, = cema.networks(args, common.load_data(str(tiny)), None, CPU, ("--arch",))
+    assert net(images(2)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("mode", ["ema", "batch"])
 def test_one_value_a_channel_is_normalised_by_what_is_known(mode):
     """A map of 1x1 and a batch of one have no variance. Fails with torch's ValueError, or NaN."""

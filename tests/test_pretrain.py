@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,9 +248,27 @@ def test_embed_keeps_all_test_images_and_the_first_train_images_of_each_class(tm
     assert np.array_equal(npz["test_images"], test.data) and len(npz["classes"]) == 10
 
 
-def test_shipped_weights_are_not_replaced_by_accident(fails):
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_shipped_weights_are_not_replaced_by_accident(resume, fails, tmp_path, monkeypatch):
     """By a bare command. Fails if thirty epochs on 5,000 images end in the place of better ones."""
-    assert "fashion_resnet20.pt: is there already; name another" in fails(pretrain, "--batch-size 16")
+    monkeypatch.chdir(tmp_path)
+    assert "fashion_resnet20.pt: is there already; name another" in fails(pretrain, f"--batch-size 16 {resume}")
+
+
+def test_a_network_that_calls_view_can_be_trained(tiny, tmp_path, monkeypatch):
+    """Fails if what is checked is not what is trained."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("""
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x).view(len(x), -1))
+def make(n):
+    return Net(nn.Conv2d(3, 4, 5, 4), nn.Linear(196, n))
+""")
+    command = f"--arch net.py:make --dataset {tiny} --epochs 1 --batch-size 16 --save w.pt"
+    common.run(pretrain.main, pretrain.parse, command.split())
+    assert "acc_pct" in torch.load("w.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("command, says", [

@@ -534,19 +534,35 @@ def test_a_foundation_of_your_own_brings_its_own_weights(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("net.py:f, its own weights")
 
 
+def test_a_foundation_of_your_own_says_what_it_sees_with_a_file_of_weights_too(own, tmp_path):
+    """Fails if a bare state_dict's network is fed 224 px and ImageNet's normalisation without a word."""
+    torch.save(common.build_model(f"{own}:make", 4).state_dict(), tmp_path / "w.pt")
+    args = tdmr.parse(["--foundation", f"{own}:make", "--foundation-weights", f"{tmp_path}/w.pt"])
+    f = tdmr.load_foundation(args, CPU)
+    assert (f.mean, f.std) == ([0.4] * 3, [0.3] * 3)
+
+
+def test_a_target_that_calls_view_takes_channels_last_images(own):
+    """Fails if it is refused, or trained in the form in which it was not checked."""
+    net = tdmr.build("--target", f"{own}:make", 4)
+    assert net(torch.zeros(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_seed_repeats_a_row_and_features_are_reused(cached, everything, tiny, tmp_path):
+def test_a_seed_repeats_a_row_and_features_are_reused(cached, everything, tiny, fails, tmp_path):
     """To the bit, alone or among all methods, with F run again or not at all. Fails if anything is drawn
     without the seed, or a second run does not find the first one's features."""
     text, folder = everything[0], everything[1] / "seed1"
     for file in (folder / "features.pt", everything[1] / "features_test.pt") if cached else ():
         shutil.copy(file, tmp_path)
     assert text.count("features_test.pt of this folder is reused") == 3  # two heads, two seeds, one pass
-    text = tdmr_py(f"--dataset {tiny} --methods tdmr --seeds 1 {QUICK} --out {tmp_path}")
+    command = f"--dataset {tiny} --methods tdmr {QUICK} --out {tmp_path} --seeds"
+    text = tdmr_py(f"{command} 1")
     assert text.count("F does not run") == 2 * cached  # train and test
     assert read(tmp_path, "end")[None]["foundation_forwards"] == SOURCES  # what they cost when made
     a, b = (torch.load(f / "tdmr.pt", weights_only=True)["state_dict"] for f in (folder, tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "holds a run with another --seed (1, now 2)" in fails(tdmr, f"{command} 2")
 
 
 def test_images_may_lie_in_folders_and_none_be_without_a_label(tmp_path):
@@ -616,7 +632,7 @@ def test_an_unknown_keyword_is_a_type_error_and_a_wrong_value_an_input_error():
     ("--foundation resnet18 --foundation-weights {tmp}/w.pt", "does not fit resnet18"),
     ("--target resnet21", "--target resnet21: no such network"),
     ("--target squeezenet1_0", "--target: its feature cannot be found"),
-    ("--target alexnet", "--target: does not run on 32 px images"),
+    ("--target alexnet", "--target: AlexNet on torch.float32 (2, 3, 32, 32): RuntimeError"),
     ("--target {own}:make_three", "knows 3 classes, the data have 10"),
     ("--foundation {own}:make_three", "weights/cifar100_my_net-make_three.pt or --foundation-weights FILE"),
     ("--foundation {own}:nothing --foundation-weights none", "has no attribute 'nothing'"),

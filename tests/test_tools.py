@@ -104,6 +104,14 @@ def test_runs_of_different_commands_are_not_averaged(tmp_path, fails):
     assert "different commands" in fails(table, str(tmp_path))
 
 
+def test_a_seed_counts_once(tmp_path, fails):
+    """Fails if a run and its repetition in a folder below are two seeds of a mean."""
+    for file in (tmp_path / "log.jsonl", tmp_path / "seed3" / "log.jsonl"):
+        write_log(file)
+        file.write_text(file.read_text().replace('"args": {}', '"args": {"seed": 3}'))
+    assert "two runs of seed 3" in fails(table, str(tmp_path))
+
+
 @pytest.mark.parametrize("folders", ["tdmr/older/few-shots", "cema/ablation/*"])
 def test_many_figures_and_many_folders_both_print_in_100_columns(folders, capsys):
     """16 figures, 16 folders. Fails if a line is always a folder, or always a figure."""

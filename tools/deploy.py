@@ -234,6 +234,7 @@ def export(q: nn.Module, size: int, to: Path) -> None:
     for node in program.graph.nodes:
         # The rest of it is half of the file, and full of this machine's paths.
         node.meta = {k: v for k, v in node.meta.items() if k in ("val", "unbacked_bindings")}
+    to.parent.mkdir(parents=True, exist_ok=True)
     tmp = to.with_name(f"{to.stem}.{os.getpid()}.tmp{to.suffix}")
     try:
         if to.suffix == ".pt2":

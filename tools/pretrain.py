@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--optimizer", default="sgd", choices=["sgd", "adamw"], help="sgd: Nesterov")
     a("--lr", type=positive, default=0.1, help="peak of the one-cycle schedule; adamw: 3e-3 to 1e-2")
     a("--momentum", type=share, default=0.9, help="of sgd; adamw keeps its betas, 0.9 and 0.999")
-    a("--weight-decay", type=positive, default=5e-4, help="on convolution and linear weights only")
+    a("--weight-decay", type=positive, default=5e-4, help="not on biases and norm layers")
     a("--warmup", type=share, default=0.2, help="share of the steps in which the learning rate rises")
     a("--label-smoothing", type=share, default=0.0,
       help="0.1 may add a few tenths; it also keeps entropies up, and CEMA reads entropies")
@@ -67,13 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
 PARTS = ("model", "opt", "sched", "g")  # of a state: with them an interrupted run equals a whole one
 
 
-def network(hp: argparse.Namespace, data: common.Data) -> nn.Module:
-    """With random weights, or those of --init."""
+def network(hp: argparse.Namespace, data: common.Data, device: torch.device) -> nn.Module:
+    """With random weights, or those of --init. InputError for one that does not fit the data."""
     if hp.init:
         model, about = common.load_network(Path(hp.init), hp.arch, len(data.classes))
         same_classes(model, about.get("classes", data.classes), data, hp.init)
-        return model
-    return common.build_model(hp.arch, len(data.classes))
+    else:
+        model = common.build_model(hp.arch, len(data.classes))
+    example = torch.zeros(2, 3, data.size, data.size, device=device)
+    model.to(device, memory_format=torch.channels_last).eval()
+    common.check_network(model, example, len(data.classes))
+    return model
 
 
 def optimizer(hp: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -118,7 +122,7 @@ def pretrain(hp: argparse.Namespace, data: common.Data, save: Path, device: torc
     """Train a network, write its checkpoint `save`, return its last-epoch test accuracy in percent."""
     torch.manual_seed(hp.seed)
     g = torch.Generator().manual_seed(hp.seed)  # order and crops; on the CPU: the same on every device
-    model = network(hp, data).to(device, memory_format=torch.channels_last)
+    model = network(hp, data, device)
     opt = optimizer(hp, model)
     steps = len(data.train) // hp.batch_size  # the last, smaller batch of an epoch is dropped
     sched = common.one_cycle(opt, hp.lr, hp.epochs * steps, hp.warmup)
@@ -225,20 +229,19 @@ def main(args: argparse.Namespace) -> None:
     if data.train is None:
         raise InputError(f"--dataset {args.dataset}: no train/ folder beside val/")
     # A wrong name, size or --init ends here, before anything is written.
-    example = torch.zeros(2, 3, data.size, data.size)
-    common.check_network(network(args, data).eval(), example, len(data.classes))
+    network(args, data, device)
     if (n := len(data.train)) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: {data.name} has only {n} train images")
     save = Path(args.save or ROOT / "weights" / f"{data.name}_{common.short_name(args.arch)}.pt")
     if save.is_dir():
         raise InputError(f"--save {save}: a folder; expected a file to write")
-    if save.exists() and not (args.save or args.resume):
-        raise InputError(f"{save}: is there already; name another file by --save, or delete it")
     common.check_out(save.parent)
     out = Path(args.out or Path("runs") / "pretrain" / save.stem)
     state_file = save.with_name(save.name + ".resume")
     # Finished is a run whose file is there.
     common.check_out(out, args, state_file if save.exists() else out)
+    if save.exists() and not args.save and not (args.resume and state_file.exists()):
+        raise InputError(f"{save}: is there already; name another file by --save, or delete it")
     state = last_state(args, save)
     # The log loses the record of an epoch whose state was never written: that epoch comes again.
     log = common.RunLog(out, resumed_at=(state["epoch"] + 1) * (n // args.batch_size) if state else 0)

@@ -66,7 +66,7 @@ def read_log(file: Path) -> list[dict]:
 def read_runs(folder: Path) -> list[list[dict]]:
     """The records of each log below a folder.
 
-    Raises InputError unless they are finished runs of one command, seeds apart.
+    Raises InputError unless they are finished runs of one command, each of another seed.
     """
     files = sorted(folder.rglob("*.jsonl"))
     if not files:
@@ -79,6 +79,9 @@ def read_runs(folder: Path) -> list[list[dict]]:
     commands = list(dict.fromkeys(plain))
     if len(commands) > 1:  # a mean over different runs would look like one over seeds
         raise common.InputError(f"{folder}: runs of different commands, {commands[0]} and {commands[1]}")
+    seeds = [run[0]["args"]["seed"] for run in runs if "seed" in run[0].get("args", {})]
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise common.InputError(f"{folder}: two runs of seed {twice[0]}, which would count twice")
     return runs
 
 
