@@ -678,8 +678,8 @@ class CEMA:
         logits = method.step(x)                                        # learning happens behind it
 
     Both networks map uint8 images (B, 3, S, S) to logits (B, C), see FromBytes, and are copied; bf16:
-    amp=True. Raises InputError for networks without norm layers or with different classes, for a replay
-    buffer that is never used, and for an E_min above E_max.
+    amp=True. Raises InputError for networks without norm layers or with different classes, for too
+    small a replay buffer, and for an E_min above E_max.
     """
 
     STATE = ("edge", "link", "cloud", "since_work")

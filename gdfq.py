@@ -788,7 +788,7 @@ def main(args: argparse.Namespace) -> None:
         if not real:
             print(estimate(method, data), flush=True)
             log.write("bn_gap", iteration=0, gap=bn_gap(method))
-        evaluate(method.teacher, "acc_fp_pct")
+        evaluate(method.teacher, "acc_fp_pct")  # M as GDFQ has checked it
         for name, q in untrained(model, data.size, args, device):
             evaluate(q, name)
 
