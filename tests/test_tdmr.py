@@ -299,9 +299,16 @@ def test_the_shrinkage_is_that_of_held_out_labels():
         losses.append(loss)
     best = s.best_shrinkage([tdmr.class_sums(fifth) for fifth in fifths])
     assert best == tdmr.SHRINKS[np.argmin(losses)] and len({round(x, 3) for x in losses}) == len(losses)
+    assert (np.diff(np.sign(np.diff(losses))) != 0).sum() <= 1  # one valley: the first is the least
     f = f.float()
     f += 10 * torch.randn(len(f), 1, generator=torch.Generator().manual_seed(1))
     assert step1(rows, f.half()).train("proxy")[1]["shrink"] <= 0.03
+
+
+@pytest.mark.parametrize("losses, at", [([3, 1, 2, 0.5], 1), ([3, 2, 1], 2), ([0, 0, 0], 0), ([1, 2], 0)])
+def test_a_second_valley_does_not_choose_the_shrinkage(losses, at):
+    """Fails with argmin, which a tie between two valleys turns into a coin."""
+    assert tdmr.first_minimum(torch.tensor(losses)) == at
 
 
 def test_one_label_a_class_leaves_no_choice_of_a_shrinkage():

@@ -18,3 +18,15 @@ def mixed(num_classes: int) -> VisionTransformer:
             ConvStemConfig(128, 3, 2)]
     return VisionTransformer(image_size=32, patch_size=8, num_layers=4, num_heads=4, hidden_dim=128,
                              mlp_dim=512, num_classes=num_classes, conv_stem_configs=stem)
+
+
+def plain(num_classes: int) -> VisionTransformer:
+    """No convolution but the patch projection: six blocks on 65 tokens.  (B, 3, 32, 32) -> (B, num_classes)"""
+    return VisionTransformer(image_size=32, patch_size=4, num_layers=6, num_heads=3, hidden_dim=192,
+                             mlp_dim=384, num_classes=num_classes)
+
+
+def tiny(num_classes: int) -> VisionTransformer:
+    """As small as a ResNet-8: three blocks on 65 tokens.  (B, 3, 32, 32) -> (B, num_classes)"""
+    return VisionTransformer(image_size=32, patch_size=4, num_layers=3, num_heads=3, hidden_dim=48,
+                             mlp_dim=96, num_classes=num_classes)
