@@ -92,7 +92,13 @@ def number(kind: type, lo: float = -math.inf, hi: float = math.inf, word: str = 
     return parse
 
 
-TROUBLE = {"memory|Memory|allocate": "not enough memory: lower --batch-size, or take a smaller network",
+def reason(e: Exception) -> str:
+    """What an exception says, in one line; an assert may say nothing."""
+    return " ".join(str(e).split())[:200]
+
+
+TROUBLE = {"out of memory|not enough memory|OutOfMemory|MemoryError|allocate|ALLOC_FAILED":
+           "not enough memory: lower --batch-size, or take a smaller network",
            "PytorchStreamWriter|inline_container": "a file cannot be written: is the disk full?"}
 
 
@@ -162,7 +168,7 @@ def pick_device(name: str = "auto", several: bool = False) -> torch.device:
             join("nccl" if name.startswith("cuda") else "gloo")
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0]
+        why = reason(e)
         raise InputError(f"--device {name}: not usable here ({why}); try --device auto") from None
 
 
@@ -353,7 +359,7 @@ def check_network(model: nn.Module, example: Tensor, num_classes: int | None = N
                     m.register_forward_pre_hook(lambda m, inputs: inputs[0].contiguous())
             out = model(example)
     except Exception as e:  # whatever a forward can raise: its own words are the true reason
-        raise InputError(f"{about}: {type(e).__name__}: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{about}: {type(e).__name__}: {reason(e)}") from None
     if not isinstance(out, Tensor) or out.ndim != 2 or num_classes not in (None, out.shape[1]):
         shape = tuple(out.shape) if isinstance(out, Tensor) else ""
         raise InputError(f"{about}: answers a {type(out).__name__} {shape}; expected logits "
@@ -368,7 +374,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except (RuntimeError, ValueError) as e:
-        raise InputError(f"{type(model).__name__} cannot be copied: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{type(model).__name__} cannot be copied: {reason(e)}") from None
 
 
 # ===== Networks ======================================================================================
@@ -443,7 +449,10 @@ def build_model(arch: str, num_classes: int, weights: str = "", flag: str = "--a
     if not weights:
         return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **kwargs)
     try:
-        return torchvision.models.get_model(arch, weights=weights)
+        net = torchvision.models.get_model(arch, weights=weights)
+        of = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+        net.mean, net.std = of.mean, of.std  # efficientnet_v2_l has its own
+        return net
     except Exception as e:  # URLError, a proxy's answer, a full disk
         raise InputError(f"torchvision's weights for {arch} cannot be had ({e}); name a file") from None
 
@@ -463,8 +472,7 @@ def own_network(arch: str, num_classes: int, flag: str) -> nn.Module:
         make = getattr(module, name)
         net = make(num_classes) if inspect.signature(make).parameters else make()
     except Exception as e:  # no such file, or whatever its code can raise
-        why = " ".join(str(e).split())[:200]
-        raise InputError(f"{flag} {arch}: {type(e).__name__}: {why}") from None
+        raise InputError(f"{flag} {arch}: {type(e).__name__}: {reason(e)}") from None
     finally:
         sys.path.pop(0)
     if not isinstance(net, nn.Module):
@@ -568,12 +576,12 @@ def to_input(x: Tensor, mean: list[float], std: list[float], device: torch.devic
 # ===== Weights =======================================================================================
 
 
-def save_atomic(obj: dict, path: Path) -> None:
-    """torch.save beside the target, then rename: a reader sees the old file or the new, never half."""
+def save_atomic(obj: dict, path: Path, save=torch.save) -> None:
+    """Save beside the target, then rename: a reader sees the old file or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(obj, tmp)
+        save(obj, tmp)
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)  # a full disk leaves nothing behind

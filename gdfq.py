@@ -227,8 +227,7 @@ def trace(model: nn.Module) -> torch.fx.GraphModule:
     try:
         return torch.fx.GraphModule(model, tracer.trace(model, fixed or None))
     except Exception as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"torch.fx cannot trace {type(model).__name__}: {why}") from None
+        raise InputError(f"torch.fx cannot trace {type(model).__name__}: {common.reason(e)}") from None
 
 
 def kind_of(q: torch.fx.GraphModule, node: torch.fx.Node):

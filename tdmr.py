@@ -758,7 +758,7 @@ def load_foundation(args: argparse.Namespace, device: torch.device) -> Foundatio
     if "acc_pct" in about:
         origin += f", {about['acc_pct']:.2f} % on {about.get('dataset')} by its own record"
     print(f"foundation: {about.get('arch', arch)}, {origin}")
-    about = {k: getattr(model, k) for k in ("size", "mean", "std") if hasattr(model, k)} | about
+    about = common.tool("weights").said_by(model, arch) | about
     mean, std = common.IMAGENET_NORM
     f = Foundation(model, about.get("size", 224), about.get("mean", mean), about.get("std", std))
     return f.to(device, memory_format=torch.channels_last)

@@ -304,11 +304,13 @@ def test_broken_weights_are_one_clear_line(tiny, tmp_path):
     torch.save({"state_dict": five, "classes": list("abcde")}, tmp_path / "five.pt")
     torch.save(five, tmp_path / "bare.pt")
     torch.save(state | {"fc.bias": torch.full((4,), math.nan)}, tmp_path / "nan.pt")
+    torch.save({"weight": torch.zeros(4)}, tmp_path / "one.pt")  # whose prefix never ended
     torch.save({"state_dict": state, "arch": "resnet8"}, tmp_path / "named.pt")
     for name, arch, says in (("none.pt", "resnet8", "no such file"), ("half.pt", "resnet8", "truncated"),
                              ("five.pt", "resnet8", "5 classes"), ("bare.pt", "resnet8", "does not fit"),
                              ("good.pt", "resnet14", "does not fit"),
                              ("nan.pt", "resnet8", "fc.bias holds NaN"),
+                             ("one.pt", "resnet8", "does not fit"),
                              ("named.pt", "resnet14", "the file holds a resnet8")):
         with pytest.raises(InputError, match=says) as e:
             common.find_weights(arch, str(tiny), data, str(tmp_path / name), CPU)
@@ -316,7 +318,7 @@ def test_broken_weights_are_one_clear_line(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda s: s, lambda s: {"model": s}, lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    lambda s: s, lambda s: {"model": s}, lambda s: {"whatever": s}, lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
 def test_weight_files_of_other_programs_load(wrap, tmp_path):
     """Bare, wrapped, of DataParallel, of torch.compile. Fails if one prefix or wrapper is not known."""
@@ -350,6 +352,11 @@ def test_classes_are_matched_by_name(tiny, tiny_weights, tmp_path):
     torch.save(saved | {"classes": ["0", "1", "2", "10"]}, tmp_path / "digits.pt")
     net = common.find_weights("resnet8", str(tiny), numbers, tmp_path / "digits.pt", "cpu")[0]
     assert torch.equal(net(x), find("own.pt")(x)[:, [0, 1, 3, 2]])
+    # Numbers on one side alone are those of the outputs, in their own order.
+    net = common.find_weights("resnet8", str(tiny), numbers, tmp_path / "own.pt", "cpu")[0]
+    assert torch.equal(net(x), find("own.pt")(x)[:, [0, 1, 3, 2]])
+    torch.save(saved | {"classes": digits}, tmp_path / "as_strings.pt")
+    assert torch.equal(find("as_strings.pt")(x), find("own.pt")(x)[:, [0, 1, 3, 2]])
 
 
 def test_missing_weights_name_the_command_that_makes_them(tiny):
@@ -358,7 +365,7 @@ def test_missing_weights_name_the_command_that_makes_them(tiny):
         common.find_weights("resnet14", str(tiny), common.load_data(str(tiny)), None, CPU)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path):
     """Fails if the target itself is opened, or if the temporary file stays."""
     common.save_atomic({"a": 1}, tmp_path / "sub" / "x.pt")
 
@@ -366,9 +373,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="No space"):
-        common.save_atomic({"a": 2}, tmp_path / "sub" / "x.pt")
+        common.save_atomic({"a": 2}, tmp_path / "sub" / "x.pt", half)
     assert [f.name for f in (tmp_path / "sub").iterdir()] == ["x.pt"]
     assert common.load_file(tmp_path / "sub" / "x.pt", ("a",), "ours") == {"a": 1}
 
@@ -671,9 +677,10 @@ def test_memory_and_disk_are_one_clear_line(error, says, capsys):
     with pytest.raises(SystemExit) as e:
         common.run(main, lambda argv: None, [])
     assert e.value.code == 2 and says in capsys.readouterr().err
-    error = RuntimeError("shapes do not match")
-    with pytest.raises(RuntimeError):
-        common.run(main, lambda argv: None, [])
+    for words in ("shapes do not match", "CUDA error: an illegal memory access was encountered"):
+        error = RuntimeError(words)
+        with pytest.raises(RuntimeError):
+            common.run(main, lambda argv: None, [])
 
 
 # ----- networks of one's own ---------------------------------------------------------------------------
@@ -690,6 +697,38 @@ def test_a_network_of_ones_own_comes_from_a_file_or_a_module(own, tiny, monkeypa
     assert common.accuracy_pct(net, data, data.test, CPU) == 100.0 and seen.mean == data.mean
     names = [common.short_name(arch) for arch in (f"{own}:make", "resnet8")]
     assert names == ["my_net-make", "resnet8"]
+
+
+@pytest.mark.parametrize("mean, says", [
+    (torch.full((1, 3, 1, 1), 0.25), None), ((0.25, 0.25, 0.25), None), (0.25, r"mean is \[0.25\]"),
+    ("no", "expected three numbers")])
+def test_the_normalisation_of_ones_own_network_has_three_numbers(mean, says, monkeypatch):
+    """As a buffer of (1, 3, 1, 1), too; a method `size` is no size. Fails if it is taken as it stands."""
+    net = torch.nn.Linear(1, 1)
+    net.mean, net.size = mean, lambda: 3
+    if says:
+        with pytest.raises(InputError, match=says):
+            common.tool("weights").said_by(net, "mine")
+    else:
+        assert common.tool("weights").said_by(net, "mine") == {"mean": [0.25] * 3}
+
+
+def test_torchvisions_weights_bring_their_own_normalisation(monkeypatch):
+    """That of efficientnet_v2_l is not ImageNet's usual one. Fails without it."""
+    import torchvision
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *a, **k: torch.nn.Linear(1, 1))
+    data = common.Data("x", [str(i) for i in range(1000)], 224, *common.IMAGENET_NORM, None, None)
+    monkeypatch.setattr(common.tool("weights"), "same_classes", lambda *a: None)
+    for arch, mean in (("efficientnet_v2_l", [0.5] * 3), ("resnet18", common.IMAGENET_NORM[0])):
+        assert common.find_weights(arch, "imagenet", data, None, CPU)[1].mean == mean
+
+
+def test_a_network_that_fails_without_a_word_is_one_clear_line():
+    """A bare assert in its forward. Fails if the message is asked for its first line."""
+    net = torch.nn.Linear(1, 1)
+    net.forward = lambda x: (_ for _ in ()).throw(AssertionError())
+    with pytest.raises(InputError, match="AssertionError"):
+        common.check_network(net, torch.zeros(2, 1))
 
 
 def test_a_seed_within_leaves_the_callers_random_numbers(monkeypatch):

@@ -255,8 +255,20 @@ def test_a_killed_cloud_comes_back_to_its_edge(programs, tmp_path):
     assert "cloud.pt: written" in again.stdout.read() and again.wait() == 0
 
 
+def test_one_cloud_a_folder_and_only_a_whole_stream_is_finished(programs, tmp_path):
+    """A second cloud would overwrite the first one's twins. An edge that breaks off leaves no end record.
+    Fails without the lock, or if `end` is written whatever happened."""
+    server = programs("cloud", f"--listen 127.0.0.1:0 --out {tmp_path}/c")
+    line_with(server.stdout, "listening")
+    again = programs("cloud", f"--listen 127.0.0.1:0 --out {tmp_path}/c")
+    assert again.wait() == 2 and "another process is writing it" in again.stderr.read()
+    device = programs("edge", f"--connect 127.0.0.1:1 --in-step --answer-s 0.1 --out {tmp_path}/e")
+    assert device.wait() == 2 and "no answer" in device.stderr.read()
+    assert [r["event"] for r in common.read_log(tmp_path / "e/log.jsonl")] == ["start"]
+
+
 @pytest.mark.parametrize("role, command, says", [
-    ("cloud", "--listen nowhere", "expected HOST:PORT"), ("cloud", "--key-file none", "No such file"),
+    ("cloud", "--seeds 1 2", "give it a --seed"), ("cloud", "--listen nowhere", "expected HOST:PORT"), ("cloud", "--key-file none", "No such file"),
     ("edge", "--name a/b", "expected 1 to 64"), ("edge", "--watch none", "no such folder"),
     ("edge", "--corruptions fog snow", "name one by --corruptions")])
 def test_mistakes_are_one_line(role, command, says, fails, monkeypatch):

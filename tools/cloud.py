@@ -58,7 +58,10 @@ def with_wire(p: argparse.ArgumentParser, prog: str, about: str):
 def parse_with(build_parser, argv: list[str] | None) -> argparse.Namespace:
     p = build_parser()
     p.set_defaults(**cema.RECIPES[p.parse_args(argv).recipe])
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.seeds:
+        raise InputError("--seeds: this program is one run; give it a --seed")
+    return args
 
 
 def address_of(text: str, flag: str) -> tuple[str, int]:
@@ -261,6 +264,9 @@ def main(args: argparse.Namespace) -> None:
     data, _, keep = streams.load_domains(args)
     nets = cema.networks(args, data, keep, device)
     server = Server(args, nets, len(keep or data.classes), data.size)
+    server.file.parent.mkdir(parents=True, exist_ok=True)
+    owned = server.file.with_suffix(".lock").open("a")
+    common.lock(owned)  # or two clouds would overwrite each other's twins
     server.load()
     try:
         listener = Listener(address, backlog=16)

@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     edge = cema.Edge(net, args, len(classes), counts)
     carrier = Carrier(address, key, hello(args.name, net), args.answer_s)
     carrier.start()
-    t0 = time.perf_counter()
+    t0, whole = time.perf_counter(), bool(args.watch)  # a stream of files has no end
     try:
         for x, names, y in batches:
             logits, upload, n = edge.step(x.to(device), carrier.received())
@@ -217,6 +217,7 @@ def main(args: argparse.Namespace) -> None:
             show(names, logits, classes)
             if args.in_step:
                 carrier.settle(args.answer_s)
+        whole = True
     finally:
         n, s, sent = max(1, counts["edge_forwards"]), time.perf_counter() - t0, carrier.counts
         end = {} if args.watch else {"acc_cema_pct": 100 * right / n}
@@ -224,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
                     trip_ms=1000 * sent["trip_s"] / max(1, sent["answered"]), dropped=sent["dropped"],
                     bytes_up=sent["bytes_up"], bytes_down=sent["bytes_down"],
                     refused_messages=counts["refused_messages"])
-        if log:
+        if log and whole:
             log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
         say(f"{counts['edge_forwards']} images | " + " | ".join(f"{k} {v:.6g}" for k, v in end.items()))
 

@@ -199,6 +199,11 @@ def short(arch: str, data: common.Data, save: Path, device: torch.device) -> flo
 # ===== Embedded data ================================================================================
 
 
+def write_npz(arrays: dict, path: Path) -> None:
+    with path.open("wb") as file:  # of a path numpy would change the name
+        np.savez_compressed(file, **arrays)
+
+
 def embed(args: argparse.Namespace) -> None:
     """data/fashion_mnist.npz: all test images, and the first train images of each class."""
     from torchvision import datasets
@@ -211,9 +216,10 @@ def embed(args: argparse.Namespace) -> None:
         raise InputError(f"FashionMNIST: not in {args.data_dir}, and no download ({e})") from None
     first = [(train.targets == c).nonzero()[:args.per_class, 0] for c in range(10)]
     keep = torch.cat(first).sort().values
-    np.savez_compressed(save, classes=np.array(train.classes), train_images=train.data[keep].numpy(),
-                        train_labels=train.targets[keep].numpy(), test_images=test.data.numpy(),
-                        test_labels=test.targets.numpy())
+    arrays = dict(classes=np.array(train.classes), train_images=train.data[keep].numpy(),
+                  train_labels=train.targets[keep].numpy(), test_images=test.data.numpy(),
+                  test_labels=test.targets.numpy())
+    common.save_atomic(arrays, save, write_npz)
     print(f"{save}: {len(keep)} train and {len(test)} test images")
 
 

@@ -256,7 +256,8 @@ def kept_classes(present: list[str], wnids: str | None) -> tuple[list[int], list
     if not wnids or not path.exists():
         raise InputError(f"--wnids {wnids}: must be a folder with the 1000 class folders of ImageNet "
                          "(val/ will do), or a text file with one wnid a line")
-    words = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else path.read_text().split()
+    words = path.read_text(errors="replace").split() if path.is_file() else [
+        p.name for p in path.iterdir() if p.is_dir()]
     known = sorted(words)
     if unknown := [w for w in present if w not in known]:
         raise InputError(f"--wnids {wnids}: does not know {unknown[0]}, a class folder of the stream")

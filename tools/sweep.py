@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
     import torchvision
 
     names, t0, rows = args.names, time.time(), []
+    common.check_out(Path(args.out).parent).mkdir(parents=True, exist_ok=True)
     if not names:
         names = torchvision.models.list_models(module=torchvision.models)
         try:

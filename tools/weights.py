@@ -28,6 +28,28 @@ ABOUT = {"classes": list, "mean": list, "std": list, "size": int, "acc_pct": (in
          "dataset": str}
 
 
+def check_norm(about: dict, file) -> None:
+    """InputError where mean or std are not three numbers each, in lists."""
+    for key, least in (("mean", -math.inf), ("std", 0.0)):
+        values = about.get(key, [0.5] * 3)
+        kinds = {type(v) for v in values} <= {int, float}
+        if len(values) != 3 or not kinds or not all(least < v < math.inf for v in values):
+            raise InputError(f"{file}: its {key} is {values}; expected three numbers"
+                             f"{' above 0' * (key == 'std')}, of images in [0, 1]")
+
+
+def said_by(model: nn.Module, name: str) -> dict:
+    """What a network says of the images it expects: its size, an int, mean and std, lists or tensors."""
+    said = {k: v for k in ("mean", "std") if not callable(v := getattr(model, k, print))}
+    for k, v in said.items():
+        try:
+            said[k] = torch.as_tensor(v, dtype=torch.float64).flatten().tolist()
+        except (TypeError, ValueError):
+            said[k] = [v]
+    check_norm(said, name)
+    return said | ({"size": model.size} if isinstance(getattr(model, "size", None), int) else {})
+
+
 def load_network(file: Path, arch: str | None, num_classes: int | None = None,
                  flag: str = "--arch") -> tuple[nn.Module, dict]:
     """A network in eval mode from a checkpoint or a bare state_dict, and what the file says of itself.
@@ -35,17 +57,13 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
     None: what the file says, else 1000 classes. Raises InputError for what does not fit.
     """
     state, about = common.load_file(file, (), "a checkpoint"), {}
-    for key in ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema"):
+    alone = state if len(state) == 1 else ()  # under whatever name
+    for key in ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", *alone):
         if isinstance(state.get(key), dict):  # a wrapped one, by whatever program
             state, about = state[key], {k: v for k, v in state.items() if k in ABOUT}
             break
     check_kinds(about, ABOUT, file, "tools/pretrain.py")
-    for key, least in (("mean", -math.inf), ("std", 0.0)):
-        values = about.get(key, [0.5] * 3)
-        kinds = {type(v) for v in values} <= {int, float}
-        if len(values) != 3 or not kinds or not all(least < v < math.inf for v in values):
-            raise InputError(f"{file}: its {key} is {values}; expected three numbers"
-                             f"{' above 0' * (key == 'std')}, of images in [0, 1]")
+    check_norm(about, file)
     bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
     if bad:
         raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
@@ -63,7 +81,7 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
     model = common.build_model(arch, known, flag=flag)
     # DataParallel writes module. before each key, torch.compile _orig_mod., others net. or model.
     own = model.state_dict().keys()
-    while not state.keys() & own and len({str(k).split(".")[0] for k in state}) == 1:
+    while not state.keys() & own and len({str(k).split(".")[0] for k in state}) == 1 < len(state):
         state = {str(k).partition(".")[2]: v for k, v in state.items()}
     try:
         model.load_state_dict(state)
@@ -80,12 +98,17 @@ def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
     if names == data.classes:
         return
     one, twice = sorted(set(names) ^ set(data.classes))[:1], len(set(names)) < len(names)
-    if one and any(all(str(n).isdigit() for n in known) for known in (names, data.classes)):
-        return  # known by number alone
-    if one or twice:
+    wanted, digits = data.classes, [all(n.isdigit() for n in known) for known in (names, data.classes)]
+    if one and any(digits) and not twice:  # known by number alone; folders stand as 0, 1, 10, 11, 2
+        rank = lambda known: [sorted(known, key=int).index(n) for n in known]
+        names, wanted = [rank(known) if are else [*range(len(known))]
+                         for known, are in zip((names, wanted), digits)]
+        if names == wanted:
+            return
+    elif one or twice:
         raise InputError(f"{file}: was trained for other classes than those of {data.name}: only one of "
                          f"them knows {one[0]}" if one else f"{file}: names a class twice")
-    order = [names.index(n) for n in data.classes]
+    order = [names.index(n) for n in wanted]
     x = torch.rand(2, 3, data.size, data.size, device=next(model.parameters()).device)
     before = model(x)
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -115,7 +138,8 @@ def find(arch: str, dataset: str, data: Data, weights: str | None, device: torch
     if not file.exists() and not weights:
         if dataset == "imagenet" and C == 1000 and not common.CIFAR_ARCH.fullmatch(arch):
             model = common.build_model(arch, C, "DEFAULT").eval()
-            return model, data, f"{arch}: torchvision's DEFAULT weights"
+            same_classes(model, [*map(str, range(C))], data, arch)
+            return (*as_it_says(model, {}, data, arch), f"{arch}: torchvision's DEFAULT weights")
         if dataset != "fashion" or ":" in arch:
             none = ", or none, where the network has its own" * (":" in arch)
             make = f"; make it with: python tools/pretrain.py --arch {arch} --dataset {dataset}"
@@ -134,7 +158,8 @@ def find(arch: str, dataset: str, data: Data, weights: str | None, device: torch
 
 def as_it_says(model: nn.Module, about: dict, data: Data, file) -> tuple[nn.Module, Data]:
     """The data with the normalisation that a file, or a network of yours, says. InputError: other px."""
-    says = {k: about.get(k, getattr(model, k, getattr(data, k))) for k in ("size", "mean", "std")}
+    of_data = {k: getattr(data, k) for k in ("size", "mean", "std")}
+    says = of_data | said_by(model, file) | {k: about[k] for k in of_data if k in about}
     if says["size"] != data.size:
         raise InputError(f"{file}: is for images of {says['size']} px, these have {data.size} px; a "
                          f"folder is read at any: --size {says['size']}")
