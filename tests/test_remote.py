@@ -190,6 +190,23 @@ def test_an_edge_without_a_cloud_goes_on_and_drops_the_oldest(cloud, capsys):
     s.close()
 
 
+def test_a_message_that_is_lost_on_its_way_is_counted():
+    """A cloud that takes one and is gone. Fails if only what waited too long counts as dropped."""
+    listener = Listener(("127.0.0.1", 0))
+    carrier = carrier_to(listener.address)
+    conn = listener.accept()
+    edge.deliver_challenge(conn, KEY)
+    edge.answer_challenge(conn, KEY)
+    conn.recv_bytes()
+    conn.send_bytes(cloud.WELCOME)
+    carrier.send(64, None)
+    conn.recv_bytes()
+    conn.close()
+    listener.close()
+    until(lambda: carrier.connected is False)
+    assert carrier.counts["dropped"] == 1
+
+
 @pytest.fixture
 def programs(tmp_path):
     """start(role, "--flags") -> a process; all are ended with the test."""

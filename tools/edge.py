@@ -104,6 +104,7 @@ class Carrier(threading.Thread):
                 with self.changed:
                     self.changed.wait_for(lambda: self.out)
                     message = self.out.popleft()
+                    self.counts["dropped"] += 1  # until it is answered
                 t0 = time.perf_counter()
                 conn.send_bytes(message)
                 if not conn.poll(self.answer_s):
@@ -112,6 +113,7 @@ class Carrier(threading.Thread):
                 with self.changed:
                     self.arrived.extend([answer] if answer else [])
                     self.counts["answered"] += 1
+                    self.counts["dropped"] -= 1
                     self.counts["trip_s"] += time.perf_counter() - t0
                     self.counts["bytes_up"] += len(message)
                     self.counts["bytes_down"] += len(answer)
