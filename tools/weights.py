@@ -98,7 +98,7 @@ def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
     if names == data.classes:
         return
     one, twice = sorted(set(names) ^ set(data.classes))[:1], len(set(names)) < len(names)
-    wanted, digits = data.classes, [all(n.isdigit() for n in known) for known in (names, data.classes)]
+    wanted, digits = data.classes, [all(n.isdecimal() for n in known) for known in (names, data.classes)]
     if one and any(digits) and not twice:  # known by number alone; folders stand as 0, 1, 10, 11, 2
         rank = lambda known: [sorted(known, key=int).index(n) for n in known]
         names, wanted = [rank(known) if are else [*range(len(known))]
