@@ -2,6 +2,8 @@
 
     python tools/pretrain.py --arch results/networks/vit.py:mixed --dataset cifar100 --optimizer adamw \
         --lr 2e-3 --weight-decay 0.05 --epochs 36
+    python tools/pretrain.py --arch results/networks/vit.py:plain --dataset cifar100 --optimizer adamw \
+        --lr 1e-3 --weight-decay 0.05 --label-smoothing 0.1 --epochs 24
 
 torchvision's VisionTransformer, made small.
 """
