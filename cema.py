@@ -64,7 +64,7 @@ Departures and choices; [?] could not be checked against the paper.
         repositories.
 
     python cema.py                                    # 5 corruptions x 2,000 images: 84 s on 2 CPU cores
-    python cema.py --corruptions all --images 10000   # the full protocol: 30 to 90 minutes a core
+    python cema.py --corruptions all --images 10000   # the full protocol: up to 150 minutes a core
     python cema.py --link-delay 50 --link-drop 0.3 --link-corrupt 0.01
 """
 

@@ -212,19 +212,19 @@ def discriminant(means: Tensor, covariance: Tensor, shrink: float) -> tuple[Tens
     """Fisher 1936, Rao 1948: the space in which classes of one common covariance lie apart.
 
     means (C, d), covariance (d, d) within classes -> phi (d, C-1), and the head of the log-posterior
-    there, weight (C, C-1) and bias (C,):
-        p = f phi,   o_c = p . m_c - |m_c|^2 / 2,   m_c the mean of class c in p
+    there, all classes as frequent, weight (C, C-1) and bias (C,):
+        p = f phi,   o_c = (p - g) . m_c - |m_c|^2 / 2,   g + m_c the mean of class c in p, g that of all
     """
     # Divided by what varies within a class, distances between means tell how far classes lie apart.
     # ABLATE: W = torch.eye(len(W)) is the nearest class mean: 8 to 12 points worse, measured before logs
     # were kept. --shrink 0.3 makes a proxy 2 points worse at 100 labels a class (results/tdmr.md).
-    W = whitening(covariance, shrink)
-    m = (means - means.mean(0)) @ W
+    W, g = whitening(covariance, shrink), means.mean(0)
+    m = (means - g) @ W
     # Nothing is lost by keeping only C-1 directions: across them all classes have the same mean.
     vectors = torch.linalg.svd(m.cpu(), full_matrices=False)[2].to(m.device)
     directions = vectors[:max(1, len(m) - 1)].T
-    m = m @ directions
-    return W @ directions, m, -(m * m).sum(1) / 2
+    phi, m = W @ directions, m @ directions
+    return phi, m, -(m * m).sum(1) / 2 - m @ (g @ phi)
 
 
 def first_minimum(losses: Tensor) -> int:
@@ -386,11 +386,11 @@ class Rows(NamedTuple):
         return self.y.repeat(self.views_l)
 
     def image_mean(self, z: Tensor) -> Tensor:
-        """(R, d) -> (n_l + n_u, d): the mean over each image's views."""
+        """(R, d) -> (n_l + n_u, d), fp32: the mean over each image's views."""
         labelled, rest = z[:self.views_l * self.n_l], z[self.views_l * self.n_l:]
-        parts = [labelled.view(self.views_l, self.n_l, -1).mean(0)]
+        parts = [labelled.view(self.views_l, self.n_l, -1).mean(0, dtype=torch.float32)]
         if self.n_u:
-            parts.append(rest.view(self.views_u, self.n_u, -1).mean(0))
+            parts.append(rest.view(self.views_u, self.n_u, -1).mean(0, dtype=torch.float32))
         return torch.cat(parts)
 
 
@@ -557,7 +557,7 @@ class Step1:
         if r.n_u and hp.neighbours:
             # Which images are alike? Directions in which images of one class differ tell nothing: W.
             W = whitening(class_moments(n, m, s)[1], shrink)
-            f = r.image_mean(self.features.float()).to(self.device)
+            f = r.image_mean(self.features).to(self.device)
             z, y = ((f - self.mu) / self.sd) @ W, r.y.to(self.device)
             q = propagate_labels(z, y, self.classes, hp.neighbours, hp.spread)[r.n_l:]
             sure = F.one_hot(q.argmax(1), self.classes)  # what the power below tends to

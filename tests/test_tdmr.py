@@ -118,12 +118,12 @@ def test_whitening_makes_the_shrunk_covariance_the_identity():
 
 def test_the_discriminant_is_the_posterior_of_gaussian_classes():
     """Differences of logits are those of Gaussian log-densities with the shrunk covariance, for any f.
-    Fails if |m|^2 / 2 is left out, or one of the C-1 directions is lost."""
+    Fails if |m|^2 / 2 is left out, one of the C-1 directions is lost, or f must be centred first."""
     f, y = torch.randn(200, 6).double() @ torch.randn(6, 6).double(), torch.arange(200) % 4
     f[:, :4] += 2 * F.one_hot(y)
     means, S = tdmr.class_moments(*tdmr.class_sums([(f, F.one_hot(y).double())]))
     A, weight, bias = tdmr.discriminant(means, S, 0.05)
-    o = (f - means.mean(0)) @ A @ weight.T + bias  # the head's zero is the mean of the class means
+    o = f @ A @ weight.T + bias
     unit = S / S.diagonal().mean() + 0.05 * torch.eye(6).double()
     normals = [torch.distributions.MultivariateNormal(m, unit) for m in means]
     want = torch.stack([normal.log_prob(f) for normal in normals], 1)
@@ -293,7 +293,7 @@ def test_the_shrinkage_is_that_of_held_out_labels():
             means, S = tdmr.class_moments(*tdmr.class_sums(others))
             phi, weight, bias = tdmr.discriminant(means, S, shrink)
             at = (s.fifth == k).nonzero()[:, 0]
-            o = (s.standard(at) - means.mean(0)) @ phi @ weight.T + bias
+            o = s.standard(at) @ phi @ weight.T + bias
             o = o * 6 / (o - o.mean(1, keepdim=True)).std()
             loss += F.cross_entropy(o, rows.y[at], reduction="sum").item()
         losses.append(loss)

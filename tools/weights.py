@@ -64,7 +64,7 @@ def load_network(file: Path, arch: str | None, num_classes: int | None = None,
             break
     check_kinds(about, ABOUT, file, "tools/pretrain.py")
     check_norm(about, file)
-    bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
+    bad = [k for k, v in state.items() if isinstance(v, Tensor) and not v.double().isfinite().all()]
     if bad:
         raise InputError(f"{file}: {bad[0]} holds NaN or infinite values")
     # A bare state_dict ends with the bias of its head, one number a class.
@@ -131,13 +131,13 @@ def find(arch: str, dataset: str, data: Data, weights: str | None, device: torch
     shipped = common.ROOT / "weights" / f"{data.name}_{common.short_name(arch)}.pt"
     if weights == "none":
         if ":" not in arch:
-            raise InputError(f"--weights none: {arch} has none of its own; only a FILE.py:NAME may")
-        model = common.build_model(arch, C).eval()
+            raise InputError(f"{flag} {arch}: has no weights of its own; only a FILE.py:NAME may")
+        model = common.build_model(arch, C, flag=flag).eval()
         return (*as_it_says(model, {}, data, arch), f"{arch}: its own weights")
     file = Path(weights) if weights else shipped
     if not file.exists() and not weights:
         if dataset == "imagenet" and C == 1000 and not common.CIFAR_ARCH.fullmatch(arch):
-            model = common.build_model(arch, C, "DEFAULT").eval()
+            model = common.build_model(arch, C, "DEFAULT", flag).eval()
             same_classes(model, [*map(str, range(C))], data, arch)
             return (*as_it_says(model, {}, data, arch), f"{arch}: torchvision's DEFAULT weights")
         if dataset != "fashion" or ":" in arch:
