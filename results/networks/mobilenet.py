@@ -12,7 +12,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
 def small(num_classes: int) -> MobileNetV3:
     """Six inverted residuals with depthwise convolutions, squeeze-and-excitation and hard-swish, as in
-    MobileNetV3-Small, but with a quarter of its strides: at 32 px the last feature map is 4 x 4.
+    MobileNetV3-Small, but with a quarter of its total stride: at 32 px the last feature map is 4 x 4.
 
     (B, 3, 32, 32) -> (B, num_classes)
     """
