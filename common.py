@@ -97,7 +97,7 @@ def reason(e: Exception) -> str:
     return " ".join(str(e).split())[:200]
 
 
-TROUBLE = {"out of memory|not enough memory|OutOfMemory|MemoryError|allocate|ALLOC_FAILED":
+TROUBLE = {"out of memory|not enough memory|OutOfMemory|MemoryError|allocate|ALLOC_FAILED|overflowed":
            "not enough memory: lower --batch-size, or take a smaller network",
            "PytorchStreamWriter|inline_container": "a file cannot be written: is the disk full?"}
 

@@ -668,6 +668,7 @@ def test_several_seeds_are_a_run_and_a_folder_each():
      "not enough memory: lower --batch-size"),
     (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory"),
     (MemoryError(), "not enough memory"),
+    (RuntimeError("Storage size calculation overflowed with sizes=[1000000000000]"), "not enough memory"),
     (RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos"), "is the disk full?")])
 def test_memory_and_disk_are_one_clear_line(error, says, capsys):
     """Fails with torch's twenty lines; any other RuntimeError is a fault of ours, and shows itself."""
