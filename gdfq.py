@@ -708,6 +708,7 @@ def print_table(title: str, results: dict, args: argparse.Namespace, sizes: tupl
     kept = f"PTQ, {args.percentile:g} % of"
     rows = {"acc_fp_pct": "full precision", "acc_ptq_noise_pct": "PTQ, min and max of noise",
             "acc_ptq_noise_clipped_pct": f"{kept} noise", "acc_ptq_gen_pct": f"{kept} generated images",
+            "acc_ptq_real_pct": f"{kept} real images",
             "acc_pct": "GDFQ" if args.method == "gdfq" else "fine-tuned on real images"}
     above = None
     print(f"\n{title:<44}top-1 %    drop   added      kB")
@@ -790,6 +791,8 @@ def main(args: argparse.Namespace) -> None:
         evaluate(method.teacher, "acc_fp_pct")  # M as GDFQ has checked it
         for name, q in untrained(model, data.size, args, device):
             evaluate(q, name)
+        if real:
+            evaluate(method.student, "acc_ptq_real_pct")  # the bound on what ranges alone can do
 
     mean, images, t0 = {}, 0, time.time()
     bar = common.Progress(method.iteration, method.iterations)
@@ -845,7 +848,7 @@ def finish(method: GDFQ, model: nn.Module, data: common.Data, args, results: dic
     title = f"{common.short_name(args.arch)} on {data.name}, W{args.wbits}A{args.abits}, last state"
     print_table(title, results, args, sizes)
     made = "log.jsonl, quantized.pt" + ("" if args.method == "finetune-real" else ", generated.png")
-    if results["acc_pct"] < results.get("acc_ptq_gen_pct", 0.0):
+    if results["acc_pct"] < results.get("acc_ptq_real_pct", results.get("acc_ptq_gen_pct", 0.0)):
         print("note: training ended below the PTQ that it started from: lower --lr, or train for longer")
     print(f"{out}/: {made}; {log.seconds():.0f} s, {common.peak_mib():.0f} MiB")
 
