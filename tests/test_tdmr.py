@@ -316,9 +316,15 @@ def test_the_shrinkage_is_that_of_held_out_labels():
 
 
 @pytest.mark.parametrize("losses, at", [([3, 1, 2, 0.5], 1), ([3, 2, 1], 2), ([0, 0, 0], 0), ([1, 2], 0)])
-def test_a_second_valley_does_not_choose_the_shrinkage(losses, at):
-    """Fails with argmin, which a tie between two valleys turns into a coin."""
-    assert tdmr.first_minimum(torch.tensor(losses)) == at
+def test_a_second_valley_does_not_choose_the_shrinkage(losses, at, monkeypatch):
+    """Fails with the least of all, which a tie between two valleys turns into a coin."""
+    rows, f, _ = clusters(300, 30)
+    s = step1(rows, f)
+    sums = [tdmr.class_sums(s.chunks(*s.labelled(s.fifth == k))) for k in range(5)]
+    monkeypatch.setattr(tdmr, "SHRINKS", range(1, 1 + len(losses)))
+    each = iter([torch.tensor(float(loss)) for loss in losses for _ in range(5)])
+    monkeypatch.setattr(tdmr.F, "cross_entropy", lambda *_, **__: next(each))
+    assert s.best_shrinkage(sums) == 1 + at
 
 
 def test_one_label_a_class_leaves_no_choice_of_a_shrinkage():
