@@ -682,11 +682,6 @@ def step_and_zero(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return s, torch.round(lo / s)
 
 
-def quantize_codes(x: Tensor, s: Tensor, z: Tensor, bits: int) -> Tensor:
-    """The integers q in [0, 2^bits - 1], uint8, shape of x. `s` and `z` broadcast against x."""
-    return (torch.round(x / s) - z).clamp_(0, 2**bits - 1).to(torch.uint8)
-
-
 class FakeQuant(torch.autograd.Function):
     """x -> x_hat with the straight-through gradient: 1 where x is inside the range, 0 where clamped.
 

@@ -233,6 +233,32 @@ def test_first_and_last_layer_have_their_own_bits():
     assert bits.pop(q.conv1) == bits.pop(q.fc) == 8 and set(bits.values()) == {3}
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (8, 1, 3, 3), (8, 40, 1, 1), (8, 40), (90, 1, 5)])
+def test_rounding_errors_cancel_in_each_channel_and_pruned_weights_stay(shape, bits):
+    """No weight moves by a whole step, a 0 never. Fails if a flip goes the wrong way, or one too many."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(bits))
+    w[w.abs() < 0.3] = 0
+    near, kept = (gdfq.WeightQuantizer(bits, how) for how in ("nearest", "squant"))
+    code, s, z = kept.codes(w)
+    e = (w - kept(w)) / s
+    at_end = ((code == 0) | (code == 2**bits - 1)).flatten(1).any(1)  # where a flip can have been cut off
+    assert e.abs().max() < 1 + 1e-4 and kept(w)[w == 0].abs().max() == 0
+    assert e.flatten(1).sum(1)[~at_end].abs().le(0.5 + 1e-3).all()
+    assert e.flatten(1).sum(1).square().sum() < ((w - near(w)) / s).flatten(1).sum(1).square().sum()
+
+
+def test_a_kernels_errors_cancel_before_its_channels():
+    """By hand: errors of 0.4, 0.4, 0.3 and -0.1, 0, 0 in two kernels of one channel, whose range has a
+    step of 1. Fails if only the channel is made up for, or the wrong code changes."""
+    w = torch.tensor([[[3.4, 1.4, 1.3], [0.9, 2.0, 0.0]]])
+    w[0, 1, 1] = 7.0
+    assert gdfq.WeightQuantizer(3, "nearest").codes(w)[0].tolist() == [[[3, 1, 1], [1, 7, 0]]]
+    assert gdfq.WeightQuantizer(3, "squant").codes(w)[0].tolist() == [[[4, 1, 1], [1, 7, 0]]]
+    e = torch.tensor([[0.4, 0.35, 0.3], [-0.4, -0.3, -0.45], [0.2, 0.2, 0.0], [0.5, 0.49, 0.48]])
+    assert gdfq.flips(e).tolist() == [[1, 0, 0], [0, 0, -1], [0, 0, 0], [1, 0, 0]]
+
+
 @pytest.mark.parametrize("wbits, abits", [(2, 8), (8, 2), (3, 5)])
 def test_weights_and_activations_have_at_most_two_to_the_k_values(wbits, abits):
     """Counted. Fails if the two bit widths are swapped."""
@@ -425,7 +451,7 @@ def test_gdfq_beats_ptq_at_three_bits(tmp_path, capsys):
     log = common.read_log(tmp_path / "run" / "log.jsonl")
     end, kd = log[-1], [r["kd"] for r in log if "kd" in r]
     assert {r["event"] for r in log} == {"start", "bn_gap", "step", "eval", "end"}
-    assert end["acc_pct"] > end["acc_ptq_noise_pct"] + 3 and kd[-1] < 0.7 * kd[0]
+    assert end["acc_pct"] > end["acc_ptq_noise_pct"] + 3 and kd[-1] < 0.8 * kd[0]
     assert {"acc_fp_pct", "acc_ptq_gen_pct", "size_fp_bytes", "wall_s", "peak_mib", "img_per_s"} < {*end}
     assert (tmp_path / "run" / "generated.png").stat().st_size > 10_000
     packed = tmp_path / "run" / "quantized.pt"

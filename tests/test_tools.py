@@ -88,6 +88,15 @@ def test_a_row_has_the_command_that_makes_it_today(old, today):
     assert table.command({"argv": old, "commit": "abc1234"}) == today
 
 
+@pytest.mark.parametrize("argv, args, added", [
+    ("python gdfq.py", {"wbits": 4}, " --rounding nearest"), ("python cema.py", {"lam": 1}, ""),
+    ("python gdfq.py --recipe paper", {"wbits": 4}, ""), ("python gdfq.py", {"rounding": "squant"}, ""),
+])
+def test_a_run_from_before_a_default_changed_names_what_it_had(argv, args, added):
+    """Fails if the table's command makes another row today."""
+    assert table.command({"argv": argv, "commit": "abc1234", "args": args}) == argv + added
+
+
 def test_a_half_last_line_is_skipped_and_a_broken_one_before_it_is_not(tmp_path, fails):
     """A killed run leaves one. Fails if it is an error, or if any broken line is skipped."""
     file = tmp_path / "row" / "log.jsonl"
