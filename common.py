@@ -965,6 +965,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:
     return state
 
 
+BEFORE = {"rounding": "nearest"}  # what a run had before there was a flag
 # Flags that may differ when a run goes on, or is run again in its folder.
 NO_MATTER = ("out", "resume", "device", "checkpoint_every", "log_every", "seeds", "workers")
 
@@ -972,6 +973,6 @@ NO_MATTER = ("out", "resume", "device", "checkpoint_every", "log_every", "seeds"
 def same_flags(args: argparse.Namespace, then: dict, what: str, advice: str) -> None:
     """InputError where a flag differs from `then`, whose program may not have had all of them."""
     for k, now in flat(args).items():
-        if k not in NO_MATTER and then.get(k, now) != now:
+        if k not in NO_MATTER and (had := then.get(k, BEFORE.get(k, now))) != now:
             flag = "--" + k.replace("_", "-")
-            raise InputError(f"{what} with another {flag} ({then[k]}, now {now}): {advice}")
+            raise InputError(f"{what} with another {flag} ({had}, now {now}): {advice}")
