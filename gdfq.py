@@ -62,7 +62,7 @@ Departures from paper and published code, with the flag that goes back. --recipe
     D12 Weights are rounded so that errors cancel in each kernel and channel.      --rounding nearest
 
     python gdfq.py                                           # ResNet-20, Fashion-MNIST, W4A4: 3 minutes
-    python gdfq.py --arch resnet18 --wbits 4 --abits 4       # pretrains a ResNet-18 first: 4 minutes
+    python gdfq.py --arch resnet18 --wbits 4 --abits 4       # pretrains a ResNet-18 first, once
     python gdfq.py --dataset cifar100 --recipe many-classes  # 7 to 21 minutes on a core
     python gdfq.py --dataset cifar100 --recipe paper         # the published settings: days on a CPU
 """
