@@ -298,8 +298,8 @@ def flips(e: Tensor, code: Tensor, last: int) -> Tensor:
     """
     # What a layer reads has no mean of 0, so errors that add up shift a channel of its output, in each
     # image by another value, which no bias mends. After SQuant (Guo et al. 2022), in a simpler form.
-    # ABLATE: --rounding nearest, W3A3 on CIFAR-100: 32.88 and not 50.91 before training, 56.79 and not
-    # 57.95 after it; W4A4 60.31 and 63.94, 65.65 and 65.99 (results/gdfq.md).
+    # ABLATE: --rounding nearest, W3A3 on CIFAR-100: 32.88 and not 50.81 before training, 56.79 and not
+    # 58.05 after it; W4A4 60.31 and 63.88, 65.65 and 66.24 (results/gdfq.md).
     k = e.sum(-1, keepdim=True).round()
     gain = (e * k.sign()).masked_fill(code == torch.where(k > 0, float(last), 0.0), 0)
     most = min(e.shape[-1], int(k.abs().max().nan_to_num(0)))
