@@ -114,6 +114,8 @@ def run(main, parse, argv: list[str] | None = None) -> None:
         args = parse(argv)
         Workers.count = getattr(args, "workers", None)
         main(args)
+        if rank_and_world()[1] > 1:
+            dist.barrier()  # torchrun ends all where one fails, at its exit, too: first all are through
     except (InputError, OSError) as e:  # an OSError: a full disk, a folder that cannot be written
         time.sleep(10 * (rank > 0))  # torchrun ends the others once the first has said it
         text = re.sub(r"(?s)Caught InputError in DataLoader.*InputError: ", "", str(e))  # a worker's

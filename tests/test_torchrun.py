@@ -162,3 +162,21 @@ def test_a_program_for_one_process_says_so():
     """Fails if two of them train the same network."""
     err = torchrun(ROOT / "tools/pretrain.py", "--epochs 1").communicate(timeout=240)[1]
     assert err.count("this program runs as one") == 1
+
+
+def test_who_fails_as_it_leaves_takes_nobodys_results(tmp_path):
+    """torchrun ends all once one has failed. Fails if a process leaves before the others are through."""
+    (tmp_path / "leave.py").write_text("""
+import argparse, atexit, os, pathlib, time, common
+def main(args):
+    common.pick_device("cpu", several=True)
+    if common.rank_and_world()[0]:
+        atexit.register(os.abort)
+    else:
+        time.sleep(3)
+        pathlib.Path(__file__).with_name("written").touch()
+common.run(main, lambda argv: argparse.Namespace())
+""")
+    process = torchrun(tmp_path / "leave.py", "")
+    process.communicate(timeout=240)
+    assert process.returncode and (tmp_path / "written").exists()
