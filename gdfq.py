@@ -117,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     a("--wbits", type=bits, default=4, help="bits of a weight, 2 to 8")
     a("--abits", type=bits, default=4, help="bits of an activation, 2 to 8")
     a("--first-last-bits", type=bits, help="of these layers' weights; None: --wbits, as published")
-    a("--rounding", default="squant", choices=["squant", "nearest"], help="published: nearest")
+    a("--rounding", default="squant", choices=["squant", "nearest"],
+      help="of weights; squant: errors cancel in each kernel and channel; published: nearest")
     a("--quantize-input", action=yes_no, default=False, help="the images as well, to 8 bits")
     a("--quantize-add", action=yes_no, default=False, help="sums and bottlenecks that a layer reads")
     a("--quantize-pool", action=yes_no, default=False, help="the pooled feature; published: none")

@@ -92,7 +92,7 @@ def command(start: dict) -> str:
         return f"{text} at commit {start['commit']}"
     for old, new in MOVED.items():
         text = re.sub(old, new, text)
-    # Before --rounding there was no choice, and the paper's recipe has none today.
+    # Before --rounding there was no choice, and the paper's recipe has the same one today.
     nearest = start.get("args") and "rounding" not in start["args"] and "--recipe paper" not in text
     return text + " --rounding nearest" * bool(nearest and text.startswith("python gdfq.py"))
 
