@@ -967,7 +967,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace) -> dict | None:
     return state
 
 
-BEFORE = {"rounding": "nearest"}  # what a run had before there was a flag
+BEFORE = {"rounding": "nearest", "fmix": 0.0}  # what a run had before there was a flag
 # Flags that may differ when a run goes on, or is run again in its folder.
 NO_MATTER = ("out", "resume", "device", "checkpoint_every", "log_every", "seeds", "workers")
 

@@ -386,6 +386,21 @@ def test_the_first_student_step_takes_the_newest_batch_and_the_others_any():
     assert all(taken[::3]) and not all(taken[1::3] + taken[2::3])
 
 
+def test_a_mixed_image_is_two_and_m_answers_for_it():
+    """Fails if other images change, a label of one of the two stays, or M is not asked anew."""
+    m = quick(batch_size=16, fmix=0.5)
+    x, y = m.sample()
+    mixed, label, logits = m.mix(x, y, torch.zeros(16, m.num_classes))
+    first, second = (mixed[:8] == x[:8]).all(1), (mixed[:8] == x[:8].roll(1, 0)).all(1)
+    assert (first | second).all() and 0.2 < first.float().mean() < 0.8
+    smooth = (first[:, 1:] == first[:, :-1]).float().mean()
+    assert smooth > 0.8 and torch.equal(mixed[8:], x[8:]) and torch.equal(label[8:], y[8:])
+    expected = m.teacher(mixed[:8])
+    torch.testing.assert_close(logits[:8], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(label[:8], expected.argmax(1)) and not logits[8:].any()
+    assert quick(fmix=0.0).mix(x, y, logits)[0] is x
+
+
 @pytest.mark.parametrize("schedule, epochs, rates", [
     ("step", 400, {0: 1, 99: 1, 100: 0.1, 250: 0.01, 399: 0.001}),
     ("cosine", 102, {0: 1, 2: 1, 52: 0.5, 102: 0})])

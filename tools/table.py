@@ -92,9 +92,12 @@ def command(start: dict) -> str:
         return f"{text} at commit {start['commit']}"
     for old, new in MOVED.items():
         text = re.sub(old, new, text)
-    # Before --rounding there was no choice, and the paper's recipe has the same one today.
-    nearest = start.get("args") and "rounding" not in start["args"] and "--recipe paper" not in text
-    return text + " --rounding nearest" * bool(nearest and text.startswith("python gdfq.py"))
+    if not (text.startswith("python gdfq.py") and start.get("args")) or "--recipe paper" in text:
+        return text
+    # What there was before there was a flag, and not in the defaults of today.
+    text += " --rounding nearest" * ("rounding" not in start["args"])
+    mixes = "--recipe many-classes" in text and "finetune-real" not in text
+    return text + " --fmix 0" * ("fmix" not in start["args"] and mixes)
 
 
 # ===== Tables ==========================================================================================
