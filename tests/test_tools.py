@@ -91,9 +91,8 @@ def test_a_row_has_the_command_that_makes_it_today(old, today):
 @pytest.mark.parametrize("argv, args, added", [
     ("python gdfq.py", {"wbits": 4}, " --rounding nearest"), ("python cema.py", {"lam": 1}, ""),
     ("python gdfq.py --recipe paper", {"wbits": 4}, ""), ("python gdfq.py", {"rounding": "squant"}, ""),
-    ("python gdfq.py --recipe many-classes", {"wbits": 4}, " --rounding nearest --fmix 0"),
-    ("python gdfq.py --recipe many-classes", {"rounding": "squant", "fmix": 0.5}, ""),
-    ("python gdfq.py --recipe many-classes --method finetune-real", {"rounding": "squant"}, ""),
+    ("python gdfq.py --recipe many-classes", {"rounding": "squant", "fmix": 0.5}, " --fmix 0.5"),
+    ("python gdfq.py --fmix 0.5", {"rounding": "squant", "fmix": 0.5}, ""),
 ])
 def test_a_run_from_before_a_default_changed_names_what_it_had(argv, args, added):
     """Fails if the table's command makes another row today."""

@@ -92,12 +92,12 @@ def command(start: dict) -> str:
         return f"{text} at commit {start['commit']}"
     for old, new in MOVED.items():
         text = re.sub(old, new, text)
-    if not (text.startswith("python gdfq.py") and start.get("args")) or "--recipe paper" in text:
+    args = start.get("args")
+    if not (text.startswith("python gdfq.py") and args) or "--recipe paper" in text:
         return text
-    # What there was before there was a flag, and not in the defaults of today.
-    text += " --rounding nearest" * ("rounding" not in start["args"])
-    mixes = "--recipe many-classes" in text and "finetune-real" not in text
-    return text + " --fmix 0" * ("fmix" not in start["args"] and mixes)
+    # What a run had without saying so: before there was --rounding, and while many-classes mixed images.
+    text += " --rounding nearest" * ("rounding" not in args)
+    return text + " --fmix 0.5" * (args.get("fmix") == 0.5 and "--fmix" not in text)
 
 
 # ===== Tables ==========================================================================================
