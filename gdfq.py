@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--clip", type=positive, default=1.0, help="largest gradient norm; 0, published: none")
     a("--student-steps", type=number(int, 1), default=2, help="a generator step; published: 1")
     a("--buffer", type=number(int, 1), default=100, help="generated batches kept; published: 1")
-    a("--fmix", type=share, default=0.0, help="share of Q's images mixed of two; 3 bits: 0.5. Published: 0")
+    a("--fmix", type=share, default=0.0, help="share of Q's images mixed of two; published: none")
     a("--alpha", type=positive, default=1.0, help="weight of the distillation; published: 1")
     a("--ce", type=positive, default=0.0, help="weight of CE with the sampled label; published: 1")
     a("--temperature", type=number(float, 1e-3), default=4.0, help="T of distillation; published: 20")
