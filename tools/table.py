@@ -97,7 +97,8 @@ def command(start: dict) -> str:
         return text
     # What a run had without saying so: before there was --rounding, and while many-classes mixed images.
     text += " --rounding nearest" * ("rounding" not in args)
-    return text + " --fmix 0.5" * (args.get("fmix") == 0.5 and "--fmix" not in text)
+    text += " --fmix 0.5" * (args.get("fmix") == 0.5 and "--fmix" not in text)
+    return f"{text} ".replace(" --fmix 0 ", " ").rstrip()  # today's default
 
 
 # ===== Tables ==========================================================================================
