@@ -63,7 +63,7 @@ Departures and choices; [?] could not be checked against the paper.
         the unbiased one. Its ways end at 81.36 and 81.22, ours at 81.26. Tent and ETA follow their own
         repositories.
 
-    python cema.py                                    # 5 corruptions x 2,000 images: 2 to 3 minutes a core
+    python cema.py                                    # 5 corruptions x 2,000 images: 3 minutes a core
     python cema.py --corruptions all --images 10000   # the full protocol: up to 150 minutes a core
     python cema.py --link-delay 50 --link-drop 0.3 --link-corrupt 0.01
 """

@@ -59,7 +59,7 @@ Departures from the spirit of the abstract, with the flag that goes back.
     D4  Logits are distilled from the first step on.               --schedule features-then-logits
     D5  bf16 autocast in F and in S's training, where the hardware has it.               --no-amp
 
-    python tdmr.py                                # 20 labels a class, 4,000 images without: 8 minutes
+    python tdmr.py                                # 20 labels a class, 4,000 images without: 2 minutes
     python tdmr.py --unlabelled 0                 # the labelled images alone: no p, nothing fades
     python tdmr.py --methods all                  # every ablation, and F fine-tuned
     python tdmr.py --foundation swin_t --dataset /path/to/imagefolder --target mobilenet_v3_small
@@ -217,7 +217,7 @@ def discriminant(means: Tensor, covariance: Tensor, shrink: float) -> tuple[Tens
     """
     # Divided by what varies within a class, distances between means tell how far classes lie apart.
     # ABLATE: W = torch.eye(len(W)) is the nearest class mean: 8 to 12 points worse, measured before logs
-    # were kept. --shrink 0.3 makes a proxy 2 points worse at 100 labels a class (results/tdmr.md).
+    # were kept. --shrink 0.3 makes a proxy a point worse at 100 labels a class (results/tdmr.md).
     W, g = whitening(covariance, shrink), means.mean(0)
     m = (means - g) @ W
     # Nothing is lost by keeping only C-1 directions: across them all classes have the same mean.

@@ -65,22 +65,25 @@ def test_a_table_without_its_end_swallows_nothing(tmp_path):
 
 
 def test_a_row_is_mean_and_sample_std_of_the_last_states(tmp_path):
-    """Each seed ends below its best. Fails if the best is taken, or the population's std."""
+    """Each seed ends below its best. Fails if the best is taken, or the population's std, or if the command
+    makes one seed alone.
+    """
     for seed, acc in enumerate((50.0, 60.0, 70.0)):
         write_log(tmp_path / "row" / f"seed{seed}.jsonl", f"python gdfq.py --seed {seed}", (80.0, acc))
     row = table.table([tmp_path / "row"], tmp_path / "page.md").splitlines()[-1]
     figures = "90.00 | 60.00 +- 10.00 | 30.00 +- 10.00"  # fp, ours, drop
-    assert row == f"| [row](row) | {figures} | 3 | 60 s, 1 thread | `python gdfq.py` |"
+    assert row == f"| [row](row) | {figures} | 3 | 60 s, 1 thread | `python gdfq.py --seeds 0 1 2` |"
 
 
 @pytest.mark.parametrize("old, today", [
     ("python gdfq.py --wbits 3 --seed 1 --out a --resume --data-dir /d", "python gdfq.py --wbits 3"),
     ("python cema.py --seed-images 64 --seed 0", "python cema.py --seed-images 64"),
-    ("python tdmr.py --seeds 0 1 2 --out runs/b", "python tdmr.py --seeds 0 1 2"),
+    ("python tdmr.py --seeds 0 1 2 --out runs/b", "python tdmr.py"),
     ("python common.py pretrain --arch resnet20 --resume", "python tools/pretrain.py --arch resnet20"),
     ("python gdfq-cost.py --out results/gdfq-cost", "python tools/cost.py"),
     ("python cema.py --bn edge --seed 2", "python cema.py --bn edge at commit abc1234"),
     ("python cema.py --edges 4", "python cema.py --edges 4 at commit abc1234"),
+    ("python tdmr.py --proxy mlp", "python tdmr.py --proxy mlp at commit abc1234"),
     ("python cema.py --bn ema", "python cema.py --bn ema"),
 ])
 def test_a_row_has_the_command_that_makes_it_today(old, today):

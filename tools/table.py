@@ -37,7 +37,7 @@ MOVED = {
     r"^python (common\.py pretrain|pretrain\.py)\b": "python tools/pretrain.py",
     r"^python (gdfq-cost|cost)\.py\b": "python tools/cost.py",
 }
-REMOVED = re.compile(r"cema\.py.* --(bn[ =]edge|edges|pull-to-source|recover-below)\b")
+REMOVED = re.compile(r"cema\.py.* --(bn[ =]edge|edges|pull-to-source|recover-below)\b|tdmr.* --proxy\b")
 
 
 # ===== Logs ============================================================================================
@@ -75,8 +75,7 @@ def read_runs(folder: Path) -> list[list[dict]]:
     for file, run in zip(files, runs):
         if not run or run[0]["event"] != "start" or run[-1]["event"] != "end":
             raise common.InputError(f"{file}: not the log of a finished run")
-    plain = [re.sub(r" --seeds( \d+)+", "", command(run[0])) for run in runs]
-    commands = list(dict.fromkeys(plain))
+    commands = list(dict.fromkeys(command(run[0]) for run in runs))
     if len(commands) > 1:  # a mean over different runs would look like one over seeds
         raise common.InputError(f"{folder}: runs of different commands, {commands[0]} and {commands[1]}")
     seeds = [run[0]["args"]["seed"] for run in runs if "seed" in run[0].get("args", {})]
@@ -86,8 +85,11 @@ def read_runs(folder: Path) -> list[list[dict]]:
 
 
 def command(start: dict) -> str:
-    """What makes this row today, from its `start` record; if a flag is gone, with ` at commit ...`."""
+    """What makes this run today but for its seed, from its `start` record; if a flag is gone, with
+    ` at commit ...`.
+    """
     text = re.sub(r" --(seed|out|resume|data-dir)(?=[ =]|$)([ =][^-\s]\S*)?", "", start["argv"])
+    text = re.sub(r" --seeds( \d+)+", "", text)
     if REMOVED.search(text):
         return f"{text} at commit {start['commit']}"
     for old, new in MOVED.items():
@@ -102,6 +104,14 @@ def command(start: dict) -> str:
 
 
 # ===== Tables ==========================================================================================
+
+
+def row_command(runs: list[list[dict]]) -> str:
+    """That of its runs, and their seeds where there are several; the programs of today take them."""
+    text = command(runs[0][0])
+    seeds = sorted(run[0].get("args", {}).get("seed", n) for n, run in enumerate(runs))
+    several = len(seeds) > 1 and " at commit " not in text
+    return f"{text} --seeds {' '.join(map(str, seeds))}" if several else text
 
 
 def mean_std(values: list[float]) -> str:
@@ -145,7 +155,7 @@ def cells(folders: list[Path]) -> list[list[str]]:
     for folder, runs, ends in rows:
         values = [[end[k] for end in ends if k in end] for k in keys]
         figures = [mean_std(v) if v else "" for v in values]
-        lines.append([str(folder), *figures, str(len(runs)), time_and_place(runs), command(runs[0][0])])
+        lines.append([str(folder), *figures, str(len(runs)), time_and_place(runs), row_command(runs)])
     return lines
 
 
