@@ -75,7 +75,8 @@ def read_runs(folder: Path) -> list[list[dict]]:
     for file, run in zip(files, runs):
         if not run or run[0]["event"] != "start" or run[-1]["event"] != "end":
             raise common.InputError(f"{file}: not the log of a finished run")
-    commands = list(dict.fromkeys(command(run[0]) for run in runs))
+    texts = (command(run[0]) for run in runs)
+    commands = list({tuple(sorted(text.split(" --"))): text for text in texts}.values())  # in any order
     if len(commands) > 1:  # a mean over different runs would look like one over seeds
         raise common.InputError(f"{folder}: runs of different commands, {commands[0]} and {commands[1]}")
     seeds = [run[0]["args"]["seed"] for run in runs if "seed" in run[0].get("args", {})]
