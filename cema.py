@@ -42,7 +42,8 @@ Protocol: the questions that are otherwise asked in issues.
                                cloud's, which uploaded and replayed images move: they can lock, when
                                an abrupt change lets nothing pass (results/cema.md). --bn batch: each
                                batch's, as the baselines. --bn source: those of training.
-    Predict or update first?   Predict. An image is scored with parameters that never saw it.
+    Predict or update first?   Predict. An image is scored with parameters that never saw it, but for
+                               the later passes of --loop, which bring the same images.
     Who sees labels?           Nobody. They are counted in `main`, outside every method.
     When is all forgotten?     --order reset: at the start of each corruption, as in the paper's tables.
     What is a budget?          The images learned from: uploads for CEMA, back-propagated ones for ETA.
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--images", type=number(int, 1), default=2000, help="of each corruption; the benchmark: all")
     a("--order", default="reset", choices=["reset", "lifelong", "mixed", "label-shift"],
       help="reset: new models for each corruption; mixed: all shuffled; label-shift: sorted by class")
-    a("--loop", type=number(int, 1), default=1, help="the stream that many times over")
+    a("--loop", type=number(int, 1), default=1, help="the same images that many times over")
     a("--batch-size", type=number(int, 1), default=64, help="images the edge sees; published: 64")
     a("--wnids", help="imagenet-r: a folder or file that names ImageNet's 1000 classes")
     a = p.add_argument_group("edge").add_argument
