@@ -26,10 +26,8 @@ from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
-from common import InputError  # noqa: E402
-from gdfq import (ActivationQuantizer, float_state, layer_inputs, quantize,  # noqa: E402
-                  quantized_layers)
-from tools.weights import check_kinds, same_classes  # noqa: E402
+from common import ActivationQuantizer, InputError, door, need  # noqa: E402
+from gdfq import layer_inputs, quantize  # noqa: E402
 
 KINDS = {"codes": Tensor, "steps": Tensor, "zeros": Tensor, "floats": Tensor, "arch": str,
          "dataset": str, "classes": list, "mean": list, "std": list, "size": int, "wbits": int,
@@ -37,19 +35,60 @@ KINDS = {"codes": Tensor, "steps": Tensor, "zeros": Tensor, "floats": Tensor, "a
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = common.Parser(prog="tools/deploy.py", description=__doc__)
+    p = common.Parser("tools/deploy.py", __doc__)
     p.add_argument("what", choices=["evaluate", "info", "check", "export"], help="see above")
     p.add_argument("file", help="a quantized.pt")
     p.add_argument("to", nargs="?", help="of export: the file to write, .pt2 or .onnx")
-    p.add_argument("--arch", help="where the file holds a network of yours: the FILE.py:NAME again")
-    p.add_argument("--dataset", help="as in gdfq.py; None: the one that the file names")
-    p.add_argument("--data-dir", default="data", help="where cifar and imagenet lie")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    a = p.group("options")
+    a("--arch", None, "where the file holds a network of yours: the FILE.py:NAME again")
+    a("--dataset", None, "as in gdfq.py; None: the one that the file names")
+    a("--data-dir", "data", "where cifar and imagenet lie")
+    a("--device", "auto", "auto, cpu, cuda, mps")
     return p
 
 
+# ===== The packed file ================================================================================
+
+
+def quantized_layers(q: nn.Module) -> list[nn.Module]:
+    return [m for m in q.modules() if parametrize.is_parametrized(m, "weight")]
+
+
+def float_state(q: nn.Module) -> list[Tensor]:
+    """What stays fp32 in the packed file: biases, BN affine and statistics, activation ranges."""
+    named = q.state_dict(keep_vars=True).items()
+    return [t for name, t in named if t.is_floating_point() and not name.endswith("weight.original")]
+
+
+def pack_bits(q: Tensor, bits: int) -> Tensor:
+    """uint8 codes below 2^bits -> flat uint8, ceil(n bits / 8) bytes, most significant bit first."""
+    places = torch.arange(bits - 1, -1, -1, dtype=torch.uint8, device=q.device)
+    b = (q.flatten()[:, None] >> places) & 1  # (n, bits)
+    return torch.from_numpy(np.packbits(b.cpu().numpy()))
+
+
+@torch.no_grad()
+def pack(q: nn.Module) -> dict:
+    """The integers that a device would store, as four flat tensors; `unpack` reads them back.
+
+    codes   uint8, wbits per weight: 4-bit codes lie two in a byte
+    steps   fp32, one s per output channel;  zeros  uint8, one -z per output channel
+    floats  fp32, float_state
+    and wbits, abits, first_last_bits, also, as gdfq.quantize takes them
+    """
+    codes, steps, zeros, floats = [], [], [], [t.detach().cpu().flatten() for t in float_state(q)]
+    for layer in quantized_layers(q):
+        quantizer = layer.parametrizations.weight[0]
+        code, s, z = quantizer.codes(layer.parametrizations.weight.original)
+        codes.append(pack_bits(code.to(torch.uint8), quantizer.bits))
+        steps.append(s.flatten().cpu())
+        zeros.append((-z).flatten().to(torch.uint8).cpu())
+    parts = {"codes": codes, "steps": steps, "zeros": zeros, "floats": floats}
+    return {k: torch.cat(v) for k, v in parts.items()} | q.meta["bits"]
+
+
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of common.pack_bits: n codes, flat, uint8."""
+    """The inverse of pack_bits: n codes, flat, uint8."""
     b = np.unpackbits(packed.cpu().numpy(), count=n * bits).reshape(n, bits)
     weights = 2 ** np.arange(bits - 1, -1, -1, dtype=np.uint8)
     return torch.from_numpy((b * weights).sum(1, dtype=np.uint8))
@@ -70,7 +109,7 @@ class Dequantize(nn.Module):
 
 @torch.no_grad()
 def unpack(packed: dict, model: nn.Module, example: Tensor, integers: bool = False) -> nn.Module:
-    """The quantized network of gdfq.pack, in eval mode. `model` is of the same architecture, with any
+    """The quantized network of `pack`, in eval mode. `model` is of the same architecture, with any
     weights, and not touched; example (B, ...): an input of it. integers: its layers hold the codes
     themselves, uint8, and dequantize them in every forward; else fp32 weights.
 
@@ -86,9 +125,8 @@ def unpack(packed: dict, model: nn.Module, example: Tensor, integers: bool = Fal
     expected = {"codes": sizes, "steps": channels, "zeros": channels, "floats": lengths}
     for key, parts in expected.items():
         t, dtype = packed[key], torch.uint8 if key in ("codes", "zeros") else torch.float32
-        if t.shape != (sum(parts),) or t.dtype != dtype or t.is_meta:
-            raise InputError(f"the file has {key} {tuple(t.shape)} of {t.dtype}, the network needs "
-                             f"({sum(parts)},) of {dtype}: another network's?")
+        need(t.shape == (sum(parts),) and t.dtype == dtype and not t.is_meta, f"the file has {key} "
+             f"{tuple(t.shape)} of {t.dtype}, the network needs ({sum(parts)},) of {dtype}: another's?")
     codes, steps, zeros = (packed[key].split(expected[key]) for key in ("codes", "steps", "zeros"))
     for layer, k, code, s, zero in zip(layers, bits, codes, steps, zeros):
         shape = layer.weight.shape
@@ -114,9 +152,15 @@ def rebuild(file: str, arch: str | None = None, integers: bool = False) -> tuple
     """The network of a quantized.pt, in eval mode on the CPU, and what else the file says."""
     needs = tuple(k for k in KINDS if k != "also")  # older files are of none
     packed = common.load_file(file, needs, "a quantized.pt of gdfq.py (of pack alone: unpack it)")
-    check_kinds(packed, KINDS, file, "gdfq.py")
-    if ":" in packed["arch"] and packed["arch"] != arch:  # a file of weights does not choose what is run
-        raise InputError(f"{file}: holds a {packed['arch']}; repeat that behind --arch")
+    for key, kind in KINDS.items():
+        a = type(packed.get(key)).__name__
+        need(key not in packed or isinstance(packed[key], kind), f"{file}: its {key} is a {a}, which "
+             "gdfq.py does not write")
+    with door(file):
+        common.images_of(packed)
+    # A file of weights does not choose what code is run.
+    own = ":" in packed["arch"] and packed["arch"] != arch
+    need(not own, f"{file}: holds a {packed['arch']}; repeat that behind --arch")
     model = common.build_model(packed["arch"], len(packed["classes"]))
     model.to(memory_format=torch.channels_last)
     model.transform_input = packed["transform_input"]
@@ -165,8 +209,7 @@ class IntegerCheck:
         def replace(layer, inputs, out):
             s_x = next(steps)
             sums = sums_of(torch.round(inputs[0] / s_x).double())
-            if sums.abs().max() >= 2**31:
-                raise InputError(f"{name}: a sum does not fit int32")
+            need(sums.abs().max() < 2**31, f"{name}: a sum does not fit int32")
             y = (s_x.double() * s_w * sums + bias).float()
             apart = ((y - out).abs().max() / out.abs().max().clamp_min(1e-30)).item()
             self.worst[name] = max(self.worst[name], apart)
@@ -252,11 +295,9 @@ def export(q: nn.Module, size: int, to: Path) -> None:
 
 def export_onnx(program, example: Tensor, to: Path):
     """Writes the .onnx; what runs it, x -> logits, or None without onnxruntime."""
-    try:
+    with door("export to .onnx needs two packages, pip install onnx onnxscript"):
         for name in ("onnx", "onnxscript"):
             importlib.import_module(name)
-    except ImportError as e:
-        raise InputError(f"export to .onnx needs {e.name}: pip install onnx onnxscript") from None
     torch.onnx.export(program, (example,), to, dynamo=True, external_data=False, verbose=False)
     try:
         import onnxruntime
@@ -271,23 +312,24 @@ def export_onnx(program, example: Tensor, to: Path):
 
 
 def main(args: argparse.Namespace) -> None:
-    if (args.what == "export") != (Path(args.to or "").suffix in (".pt2", ".onnx")):
-        raise InputError(f"{args.what} {args.to or ''}: export needs a file to write, .pt2 or .onnx, "
-                         "and the others take none")
+    to = Path(args.to or "")
+    need((args.what == "export") == (to.suffix in (".pt2", ".onnx")), f"{args.what} {args.to or ''}: "
+         "export needs a file to write, .pt2 or .onnx, and the others take none")
     device = common.pick_device(args.device)
     q, packed = rebuild(args.file, args.arch, integers=args.what in ("export", "info"))
     if args.what == "export":
-        return export(q, packed["size"], common.check_out(Path(args.to).parent) / Path(args.to).name)
+        return export(q, packed["size"], to)
     if args.what == "info":
         return info(q, packed, Path(args.file).stat().st_size)
     try:
         data = common.load_data(args.dataset or packed["dataset"], args.data_dir, packed["size"])
     except InputError as e:
-        raise InputError(f"{e}" + "; --dataset names another" * (args.dataset is None)) from None
-    if len(data.classes) != len(packed["classes"]):
-        raise InputError(f"{args.file}: made for {len(packed['classes'])} classes; {data.name} has "
-                         f"{len(data.classes)}")
-    same_classes(q, packed["classes"], data, args.file)
+        hint = "" if args.dataset else "; --dataset names another"
+        raise InputError(f"{e}{hint}") from None
+    n = len(packed["classes"])
+    need(len(data.classes) == n, f"{args.file}: made for {n} classes; {data.name} has "
+         f"{len(data.classes)}")
+    common.same_classes(q, packed["classes"], data, args.file)
     print(f"{args.file}: {packed['arch']} W{packed['wbits']}A{packed['abits']} on {data.name}")
     data = data._replace(mean=packed["mean"], std=packed["std"])
     if args.what == "check":
