@@ -29,7 +29,6 @@ Symbols.
     a, b       lo, hi                        (), (C_out, 1)  as x        --percentile --ema-momentum
     s, z       s, z                          as lo           as x, int   (see common.py)
     mu, var    mu, var                       (C,) a layer    as x, x^2
-    alpha, beta, T  the same                 float                       --alpha --beta --temperature
 
 Protocol: the questions that are otherwise asked in issues.
 
@@ -38,9 +37,9 @@ Protocol: the questions that are otherwise asked in issues.
     Which layers?            Every Conv2d and Linear, first and last included. BN is not folded.
     Which activations?       The result of every call of a ReLU and its kin, each with its own range. The
                              image, sums and the pooled feature only by --quantize-input, -add, -pool.
-    Which accuracy?          That of the last state, in fp32, on the whole test set. Published code prints
-                             the best epoch's. The fast recipe's constants were chosen on Fashion-MNIST's
-                             test images, but for the percentile. All others were chosen on train images.
+    Which accuracy?          That of the last state, in fp32, on the whole test set. Published: the best
+                             epoch's. Of the fast recipe, all constants but the percentile were
+                             chosen on Fashion-MNIST's test images, all others on train images.
 
 Departures from paper and published code, with the flag that goes back. --recipe paper: D4-8, 10, 12.
 
@@ -54,8 +53,7 @@ Departures from paper and published code, with the flag that goes back. --recipe
     D8  The generator is half as wide.                                       --g-width 128
     D9  bf16 autocast in training, where the hardware has it.                --no-amp
     D10 many-classes: the label picks rows of conditional BN at 32 px, too.  --generator embedding
-    D11 The straight-through gradient is 0 where an activation is clamped. Published code has 1: 63.63;
-        ours 63.77 (results/gdfq/parts).
+    D11 The straight-through gradient is 0 where an activation is clamped; published code has 1.
     D12 Weights are rounded so that errors cancel in kernels and channels.   --rounding nearest
 
     python gdfq.py                                           # ResNet-20, Fashion-MNIST, W4A4: 3 minutes
@@ -66,11 +64,8 @@ Departures from paper and published code, with the flag that goes back. --recipe
 
 import argparse
 import inspect
-import itertools
 import math
-import operator
 import warnings
-from pathlib import Path
 from typing import Iterator
 
 import torch
@@ -158,7 +153,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 # ===== Equations ====================================================================================
 
-
 def bn_statistics_loss(statistics: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> Tensor:
     """L_BNS = mean over layers of [ mean_c (mu_c - mu_hat_c)^2 + mean_c (var_c - var_hat_c)^2 ].
 
@@ -204,7 +198,6 @@ IN_FLOAT = set("softmax matmul bmm einsum scaleddotproductattention exp log abs 
 
 class Tracer(torch.fx.Tracer):
     """torch.fx's, which would go into subclasses of Conv2d and Linear, and lose their weights there."""
-
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         return isinstance(m, (nn.Conv2d, nn.Linear)) or super().is_leaf_module(m, name)
 
@@ -260,37 +253,34 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
 
     Every Conv2d and Linear gets a WeightQuantizer (a parametrization of its `weight`), every activation
     call an ActivationQuantizer, with a range from `example` (B, ...), normalised as the model expects.
-    also: "input", "add", "pool", what a layer reads besides. InputError: torch.fx cannot trace the model.
+    also: "input", "add", "pool", what a layer reads besides. InputError: torch.fx cannot trace it.
     """
     need(rounding in ("squant", "nearest"), f"rounding {rounding!r}: expected squant or nearest")
     fits = all(bits in range(2, 9) for bits in (wbits, abits, first_last_bits or 8))
     need(fits, f"W{wbits}A{abits}, first and last {first_last_bits}: expected 2 to 8 bits")
     percentile = percentile or common.usual_percentile(abits)
-    q, layers, n = trace(model), {}, itertools.count()
-
-    def insert(node: torch.fx.Node, bits: int, percentile: float) -> None:
-        name = f"act_quant{next(n)}"
-        q.add_submodule(name, ActivationQuantizer(bits, ema_momentum, percentile))
-        with q.graph.inserting_after(node):
-            quantized = q.graph.call_module(name, (node,))
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+    q, layers, originals = trace(model), {}, dict(model.named_modules())
 
     # torchvision's residual blocks call ONE nn.ReLU module twice. Swapping modules, as published code
     # does, gives both places one range; walking the graph gives every call its own.
-    for node in activation_calls(q):
-        insert(node, abits, percentile)
-    for node in dict.fromkeys(source for _, source in layer_inputs(q)):
+    ranges = dict.fromkeys(activation_calls(q), (abits, percentile))
+    for _, node in layer_inputs(q):
         place = "pool" if called(q, node) in POOLS else "input" if node.op == "placeholder" else "add"
-        if place in also and called(q, node) != "activationquantizer":
-            insert(node, *((8, 100.0) if place == "input" else (abits, percentile)))  # a camera's bits
+        if place in also:
+            ranges.setdefault(node, (8, 100.0) if place == "input" else (abits, percentile))
+    for n, (node, (bits, percentage)) in enumerate(ranges.items()):
+        q.add_submodule(f"act_quant{n}", ActivationQuantizer(bits, ema_momentum, percentage))
+        with q.graph.inserting_after(node):
+            quantized = q.graph.call_module(f"act_quant{n}", (node,))
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
     q.recompile()
-    originals = dict(model.named_modules())
     for node in q.graph.nodes:
         # Attention takes the weight of a Linear without calling it: then the graph has the weight alone.
         name = node.target.removesuffix(".weight") if node.op in ("call_module", "get_attr") else ""
         if isinstance(originals.get(name), (nn.Conv2d, nn.Linear)):
             layers[name] = q.get_submodule(name)
-    own_bits = dict.fromkeys([*layers][::max(1, len(layers) - 1)], first_last_bits or wbits)
+    ends = [*layers][::max(1, len(layers) - 1)]  # the first and the last
+    own_bits = dict.fromkeys(ends, first_last_bits or wbits)
     for name, layer in layers.items():
         own = layer._parameters.get("weight") is not None
         need(own, f"{name}: its weight is made by a parametrization; remove that first")
@@ -300,17 +290,10 @@ def quantize(model: nn.Module, example: Tensor, wbits: int, abits: int,
     with observing(q):
         common.check_network(q.to(example.device), example)
     left = [n for n, p in q.named_parameters() if p.ndim > 1 and not n.endswith(".weight.original")]
-    calls = sorted({called(q, node) for node in q.graph.nodes} & IN_FLOAT)
-    if left or calls:
-        share = sum(q.get_parameter(n).numel() for n in left) / sum(p.numel() for p in q.parameters())
-        named = [*left[:3], *["and others"][:max(0, len(left) - 3)], *calls]
-        warnings.warn(f"{share:.0%} of the parameters, besides biases and norm layers, stay in fp32, "
-                      f"as does what no quantizer knows: {', '.join(named)}")
+    left += sorted({called(q, node) for node in q.graph.nodes} & IN_FLOAT)
+    if left:
+        warnings.warn("besides biases and norm layers these stay in fp32: " + ", ".join(left))
     return q
-
-
-def also(hp: argparse.Namespace) -> list[str]:
-    return [place for place in ("input", "add", "pool") if getattr(hp, f"quantize_{place}")]
 
 
 def record_bn_statistics(model: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
@@ -328,10 +311,8 @@ def record_bn_statistics(model: nn.Module) -> dict[_BatchNorm, tuple[Tensor, Ten
 
 # ===== Method =======================================================================================
 
-
 class ConditionalBN(nn.Module):
     """BatchNorm with one row of weight and bias a class.  (B, C, H, W), (B,) -> (B, C, H, W)"""
-
     def __init__(self, num_classes: int, channels: int, eps: float):
         super().__init__()
         self.bn = nn.BatchNorm2d(channels, eps=eps, affine=False)
@@ -345,15 +326,14 @@ class ConditionalBN(nn.Module):
 
 class Generator(nn.Module):
     """Noise z (B, L) and label y (B,) -> images (B, 3, S, S), normalised."""
-
     def __init__(self, num_classes: int, image_size: int, latent: int, width: int, kind: str):
         super().__init__()
-        self.kind, self.latent, self.side, self.width = kind, latent, image_size // 4, width
+        self.embedding, self.side, self.width = None, image_size // 4, width
         self.fc = nn.Linear(latent, width * self.side**2)
         # Published: at 32 px the label's embedding multiplies the noise; on ImageNet the noise alone
         # enters, and the label picks the rows of three conditional BatchNorms.
         # ABLATE: With conditional BN 66.19 in many-classes; without (--generator embedding) 65.01.
-        if kind == "embedding":
+        if kind == "embedding" or (kind == "auto" and image_size <= 64):
             self.embedding = nn.Embedding(num_classes, latent)
             bn = lambda channels, eps: nn.BatchNorm2d(channels, eps=eps)
         else:
@@ -367,10 +347,11 @@ class Generator(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(width // 2, 3, 3, 1, 1), nn.BatchNorm2d(3, affine=False)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        embedding = self.kind == "embedding"
-        label = () if embedding else (y,)
-        x = self.fc(self.embedding(y) * z if embedding else z)
-        x = x.view(-1, self.width, self.side, self.side).contiguous(memory_format=torch.channels_last)
+        label = (y,)
+        if self.embedding is not None:
+            z, label = self.embedding(y) * z, ()
+        x = self.fc(z).view(-1, self.width, self.side, self.side)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = F.interpolate(self.bn0(x, *label), scale_factor=2)  # (B, W, S/2, S/2)
         x = F.leaky_relu(self.bn1(self.conv1(x), *label), 0.2)
         x = F.interpolate(x, scale_factor=2)  # (B, W, S, S)
@@ -407,19 +388,17 @@ class GDFQ:
         self.rng = torch.Generator().manual_seed(hp.seed + 1_000_003 * common.rank_and_world()[0])
 
         self.teacher = common.copy_of(model).eval().requires_grad_(False)
-        kind = hp.generator
-        if kind == "auto":
-            kind = "embedding" if image_size <= 64 else "conditional-bn"
         with common.seeded(hp.seed):  # the caller's random numbers are not ours to reset
-            self.generator = Generator(num_classes, image_size, hp.latent, hp.g_width, kind)
+            self.generator = Generator(num_classes, image_size, hp.latent, hp.g_width, hp.generator)
         for net in (self.teacher, self.generator):
             net.to(self.device, memory_format=torch.channels_last)
+        self.also = [k for k in ("input", "add", "pool") if getattr(hp, f"quantize_{k}")]
         # Gaussian noise gives Q's activations first ranges; `calibrate` replaces them.
         noise = torch.randn(min(hp.batch_size, 64), 3, image_size, image_size, generator=self.rng)
         noise = noise.to(self.device)
         common.check_network(self.teacher, noise, num_classes)
         self.student = quantize(self.teacher, noise, hp.wbits, hp.abits, hp.first_last_bits,
-                                hp.percentile, hp.ema_momentum, also(hp), hp.rounding)
+                                hp.percentile, hp.ema_momentum, self.also, hp.rounding)
         self.student.requires_grad_(True)
         # Only now: recorded before the copy, Q would carry the hooks, too.
         self.bn_statistics = record_bn_statistics(self.teacher)
@@ -442,7 +421,8 @@ class GDFQ:
         """Generated images (B, 3, S, S) for the labels y (B,), or for drawn ones; and the labels."""
         if y is None:
             y = torch.randint(self.num_classes, (self.hp.batch_size,), generator=self.rng)
-        y, z = y.to(self.device), torch.randn(len(y), self.hp.latent, generator=self.rng).to(self.device)
+        z = torch.randn(len(y), self.hp.latent, generator=self.rng)
+        y, z = y.to(self.device), z.to(self.device)
         with common.autocast(self.device, self.hp.amp):
             return self.generator(z, y).float().contiguous(memory_format=torch.channels_last), y
 
@@ -456,8 +436,7 @@ class GDFQ:
         # ABLATE: With both 63.77; without L_BNS (--beta 0) 55.66, without CE 63.45 (CIFAR-100, half the
         # size; results/gdfq/parts).
         ce, bns = F.cross_entropy(logits, y), bn_statistics_loss(self.bn_statistics)
-        what = f"loss_g at iteration {self.iteration}"
-        common.descend(self.opt_g, ce + self.hp.beta * bns, what, "--lr-g", together=True)
+        common.descend(self.opt_g, ce + self.hp.beta * bns, "loss_g", "--lr-g", together=True)
         self.bn_statistics.clear()  # or the graph of this batch lives on
         seen = (logits.argmax(1) == y).float().mean()
         stats = {"ce": ce.item(), "bns": bns.item(), "acc_m_pct": 100 * seen.item()}
@@ -473,11 +452,8 @@ class GDFQ:
         with common.autocast(self.device, hp.amp):
             logits = self.student(x).float()
         kd = distillation_loss(teacher_logits, logits, hp.temperature, hp.kd_reduction)
-        loss = hp.alpha * kd
-        if hp.ce:
-            loss = loss + hp.ce * F.cross_entropy(logits, y)
-        what = f"loss_q at iteration {self.iteration}"
-        common.descend(self.opt, loss, what, "--lr", hp.clip, together=True)
+        loss = hp.alpha * kd + hp.ce * F.cross_entropy(logits, y)
+        common.descend(self.opt, loss, "loss_q", "--lr", hp.clip, together=True)
         agree = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"kd": kd.item(), "agree_pct": 100 * agree.item()}
 
@@ -493,13 +469,14 @@ class GDFQ:
         quantizers = [m for m in self.student.modules() if isinstance(m, ActivationQuantizer)]
         common.average([end for m in quantizers for end in (m.lo, m.hi)])
 
-    def step(self, real: Iterator[tuple[Tensor, Tensor]] | None = None) -> dict:
+    def step(self, real: Iterator[tuple[Tensor, Tensor, Tensor]] | None = None) -> dict:
         """One iteration: a generator step and, after the warm-up, `student_steps` student steps.
 
-        `real`, endless (images, labels), takes the generator's place: the upper bound of finetune-real.
+        `real`, which `real_batches` makes, takes the generator's place: an upper bound.
         """
         self.set_learning_rates()
         hp, learns, stats = self.hp, self.iteration >= self.warmup, {}
+        draw = lambda n: torch.randint(n, (), generator=self.rng)
         # G never stops learning: each iteration brings Q images that it has not seen.
         if real is None:
             x, y, logits, stats = self.generator_step()
@@ -507,56 +484,52 @@ class GDFQ:
                 # Under autocast x holds bf16 values anyway: half the memory for nothing.
                 self.buffer.append((x.to(torch.bfloat16) if hp.amp else x, y, logits))
                 if len(self.buffer) > hp.buffer:
-                    self.buffer.pop(self.draw(hp.buffer))  # any but the newest
+                    self.buffer.pop(draw(hp.buffer))  # any but the newest
         steps = hp.student_steps if learns else 0
         for i in range(steps):
-            if real is None:
-                # ABLATE: With the newest batch alone 66.19 in many-classes; without (--student-steps 2
-                # --buffer 100) 66.00, in more time.
-                x, y, logits = self.buffer[-1 if i == 0 else self.draw(len(self.buffer))]
-                x = x.float()
-            else:
-                x, y = next(real)
-                with torch.no_grad(), common.autocast(self.device, hp.amp):
-                    logits = self.teacher(x).float()
-            stats |= self.student_step(x, y, logits)
+            # ABLATE: With the newest batch alone 66.19 in many-classes; without (--student-steps 2
+            # --buffer 100) 66.00, in more time.
+            if real is not None:
+                x, y, logits = next(real)
+            elif i > 0:
+                x, y, logits = self.buffer[draw(len(self.buffer))]
+            stats |= self.student_step(x.float(), y, logits)
         self.iteration += 1
         if self.iteration == self.warmup:
             self.calibrate()
         return stats
 
-    def draw(self, n: int) -> int:
-        # Of the run's own numbers, so that a resumed run draws the same batches.
-        return int(torch.randint(n, (), generator=self.rng))
-
 
 # ===== Evaluation and figures =======================================================================
 
-
-def untrained(model: nn.Module, size: int, args, device) -> Iterator[tuple[str, nn.Module]]:
+def untrained(method: GDFQ, model: nn.Module, size: int) -> Iterator[tuple[str, nn.Module]]:
     """The do-nothing row, the paper's quantizer with ranges from noise; then ours with them."""
-    g = torch.Generator().manual_seed(args.seed)
-    n = 256 if size <= 64 else args.batch_size  # which fits, or G would not
-    noise = torch.randn(n, 3, size, size, generator=g).to(device)
-    bits, paper = (args.wbits, args.abits, args.first_last_bits), (100.0, "nearest")
-    for name, how in {"noise": paper, "noise_clipped": (args.percentile, args.rounding)}.items():
-        if name == "noise" or how != paper:
-            q = quantize(model, noise, *bits, how[0], also=also(args), rounding=how[1])
-            yield f"acc_ptq_{name}_pct", q
-
-
-def real_batches(data: common.Data, args: argparse.Namespace, rng: torch.Generator, device) -> Iterator:
-    """--method finetune-real: train images and labels without end, normalised, cropped and flipped."""
-    n = len(data.train or ())
-    need(n >= args.batch_size, f"--method finetune-real: only {n} train images, and --batch-size is "
-         f"{args.batch_size}; a folder needs train/ beside val/")
-    while True:
-        for x, y in common.batches(data.train, args.batch_size, rng, augment=True, drop_last=True):
-            yield common.to_input(x, data.mean, data.std, device), y.to(device)
+    hp, g = method.hp, torch.Generator().manual_seed(method.hp.seed)
+    n = 256 if size <= 64 else hp.batch_size  # which fits, or G would not
+    noise = torch.randn(n, 3, size, size, generator=g).to(method.device)
+    bits = hp.wbits, hp.abits, hp.first_last_bits
+    rows = {"noise": (100.0, "nearest"), "noise_clipped": (hp.percentile, hp.rounding)}
+    for name, (percentile, rounding) in rows.items():
+        q = quantize(model, noise, *bits, percentile, also=method.also, rounding=rounding)
+        yield f"acc_ptq_{name}_pct", q
 
 
 @torch.no_grad()
-def save_grid(method: GDFQ, data: common.Data, path: Path, per_class: int = 10) -> None:
+def real_batches(method: GDFQ, data: common.Data) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """--method finetune-real: train images, labels and M's logits without end, cropped and flipped."""
+    n, B, device = len(data.train or ()), method.hp.batch_size, method.device
+    need(n >= B, f"--method finetune-real: only {n} train images, and --batch-size is {B}; a folder "
+         "needs train/ beside val/")
+    while True:
+        for x, y in common.batches(data.train, B, method.rng, augment=True, drop_last=True):
+            x = common.to_input(x, data.mean, data.std, device)
+            with common.autocast(device, method.hp.amp):
+                logits = method.teacher(x).float()
+            yield x, y.to(device), logits
+
+
+@torch.no_grad()
+def save_grid(method: GDFQ, data: common.Data, path) -> None:
     """A labelled grid of generated images, one class per row; of many classes, evenly spaced ones."""
     from PIL import ImageDraw
     from torchvision.transforms.v2.functional import to_pil_image
@@ -564,10 +537,10 @@ def save_grid(method: GDFQ, data: common.Data, path: Path, per_class: int = 10) 
 
     C, tile = len(data.classes), max(data.size, 48)
     shown = torch.linspace(0, C - 1, min(C, 20 if data.size <= 64 else 4)).round().long()
-    x = method.sample(shown.repeat_interleave(per_class))[0].cpu()  # one batch of G
+    x = method.sample(shown.repeat_interleave(10))[0].cpu()  # one batch of G
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     x = F.interpolate((x * std + mean).clamp(0, 1), size=tile)
-    picture = to_pil_image(F.pad(make_grid(x, per_class, 2, pad_value=1.0), (120, 0), value=1.0))
+    picture = to_pil_image(F.pad(make_grid(x, 10, 2, pad_value=1.0), (120, 0), value=1.0))
     for row, c in enumerate(shown.tolist()):
         at = (6, row * (tile + 2) + tile // 2 - 4)
         ImageDraw.Draw(picture).text(at, str(data.classes[c])[:18], "black")
@@ -576,21 +549,18 @@ def save_grid(method: GDFQ, data: common.Data, path: Path, per_class: int = 10) 
 
 def print_table(title: str, results: dict, args: argparse.Namespace, sizes: tuple[int, int]) -> None:
     """Rows: what was done. Columns: top-1, its drop in points, what the row added, the size."""
-    kept = f"PTQ, {args.rounding}, {args.percentile:g} % of"
+    kept, above = f"PTQ, {args.rounding}, {args.percentile:g} % of", results["acc_fp_pct"]
     rows = {"acc_fp_pct": "full precision", "acc_ptq_noise_pct": "PTQ, min and max of noise",
             "acc_ptq_noise_clipped_pct": f"{kept} noise", "acc_ptq_gen_pct": f"{kept} generated images",
-            "acc_ptq_real_pct": f"{kept} real images",
-            "acc_pct": {"gdfq": "GDFQ", "finetune-real": "fine-tuned on real images"}[args.method]}
-    above = results["acc_fp_pct"]
+            "acc_ptq_real_pct": f"{kept} real images", "acc_pct": f"{args.method}, last state"}
     print(f"\n{title:<44}top-1 %    drop   added      kB")
-    for key in (key for key in rows if key in results):
-        acc, kB = results[key], sizes[key != "acc_fp_pct"] / 1000
-        drop, added, above = results["acc_fp_pct"] - acc, acc - above, acc
+    for key, acc in results.items():
+        drop, added, kB = results["acc_fp_pct"] - acc, acc - above, sizes[key != "acc_fp_pct"] / 1000
         print(f"{rows[key]:<44}{acc:>7.2f}{drop:>8.2f}{added:>+8.2f}{kB:>8.0f}")
+        above = acc
 
 
 # ===== Run ==========================================================================================
-
 
 def main(args: argparse.Namespace) -> None:
     device = common.pick_device(args.device, several=True)
@@ -601,9 +571,9 @@ def main(args: argparse.Namespace) -> None:
     GDFQ(common.build_model(args.arch, C), C, data.size, args)
     model, data, origin = common.find_weights(args.arch, args.dataset, data, args.weights, device)
     method = GDFQ(model.to(device, memory_format=torch.channels_last), C, data.size, args)
-    stream = real_batches(data, args, method.rng, device) if real else None
-    crc, results, mean = common.crc_of(model), {}, {}
+    stream, crc, results, mean = None, common.crc_of(model), {}, {}
     if real:
+        stream = real_batches(method, data)
         method.iteration = method.warmup  # nothing to warm up
         method.calibrate(next(stream)[0] for _ in range(args.calibration_batches))
     if state := common.load_checkpoint(args, crc):
@@ -624,7 +594,7 @@ def main(args: argparse.Namespace) -> None:
 
     if not state:
         evaluate(method.teacher, "acc_fp_pct")  # M as GDFQ has checked it
-        for name, q in untrained(model, data.size, args, device):
+        for name, q in untrained(method, model, data.size):
             evaluate(q, name)
         if real:
             evaluate(method.student, "acc_ptq_real_pct")  # the bound on what ranges alone can do
@@ -654,29 +624,19 @@ def main(args: argparse.Namespace) -> None:
 
 def finish(method: GDFQ, model: nn.Module, data: common.Data, args, results: dict, log) -> None:
     """The picture, quantized.pt, the end record with both sizes, the table."""
-    out, made = log.path.parent, ["log.jsonl"]
+    out, size = log.path.parent, math.nan
+    size_fp = sum(t.nbytes for t in model.state_dict().values())
     if args.method == "gdfq":
         save_grid(method, data, out / "generated.png")
-        made.append("generated.png")
-    about = {k: getattr(args, k) for k in ("arch", "dataset")}
-    about |= {k: getattr(data, k) for k in ("classes", "mean", "std", "size")}
-    # torchvision's Inception and GoogLeNet change it with their weights.
-    about["transform_input"] = getattr(model, "transform_input", False)
-    size_fp, size = sum(t.nbytes for t in model.state_dict().values()), math.nan
     try:
-        common.save_atomic(common.tool("deploy").pack(method.student) | about, out / "quantized.pt")
-        size = (out / "quantized.pt").stat().st_size
-        made.append("quantized.pt")
+        size = common.tool("deploy").save(method.student, model, data, args, out / "quantized.pt")
     except InputError as e:
         print(f"note: no quantized.pt, since there is {e}")
     log.write("end", **results, size_fp_bytes=size_fp, size_packed_bytes=size, wall_s=log.seconds(),
               peak_mib=common.peak_mib())
-    title = f"{common.short_name(args.arch)} on {data.name}, W{args.wbits}A{args.abits}, last state"
+    title = f"{common.short_name(args.arch)} on {data.name}, W{args.wbits}A{args.abits}"
     print_table(title, results, args, (size_fp, size))
-    before = results.get("acc_ptq_real_pct", results.get("acc_ptq_gen_pct", 0.0))
-    if results["acc_pct"] < before:
-        print("note: training ended below the PTQ that it started from: lower --lr, or train for longer")
-    print(f"{out}/: {', '.join(made)}; {log.seconds():.0f} s, {common.peak_mib():.0f} MiB")
+    print(f"{out}/: {log.seconds():.0f} s, {common.peak_mib():.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Claims about cema.py. Each docstring ends with the change under which the test was seen to fail."""
 
 import copy
-import io
+import json
 import math
-import os
-import pickle
 import re
 import subprocess
 import sys
@@ -19,8 +17,9 @@ from torch import nn
 
 import cema
 import common
-from cema import CEMA, AdaptiveBN, Baseline, Edge, FromBytes, Link, Refused, configure
+from cema import CEMA, AdaptiveBN, Baseline, Download, Edge, FromBytes, Link, Upload, configure
 from common import InputError
+from tools import streams
 from tools.corruptions import corrupt
 
 CPU = torch.device("cpu")
@@ -69,22 +68,6 @@ def baseline(kind: str, model=None, counts=None, **changes) -> Baseline:
     return Baseline(kind, model or small(), hp(**changes), 10, Counter() if counts is None else counts)
 
 
-def upload(x: torch.Tensor, stats=()) -> bytes:
-    return cema.encode(images=x.numpy(), stats=cema.flat(stats))
-
-
-def download(version: int, affine: list, stats: list) -> bytes:
-    return cema.encode(version=np.int64(version), affine=cema.flat(affine), stats=cema.flat(stats))
-
-
-def everything(method: CEMA) -> list[torch.Tensor]:
-    """All of edge and cloud that a message could change."""
-    edge, cloud = method.edge, method.cloud
-    nets = (edge.model, cloud.f.model, cloud.twin.model)
-    rest = torch.tensor([edge.e_max, edge.version, len(cloud.pending)])
-    return [t.clone() for net in nets for t in net.state_dict().values()] + [rest]
-
-
 def same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
@@ -113,14 +96,10 @@ def miniature(fashion):
 # ----- equations ---------------------------------------------------------------------------------------
 
 
-def test_uniform_logits_have_entropy_ln_C():
-    """And sure ones none. Fails with log2."""
-    assert common.entropy(torch.zeros(3, 7)).tolist() == pytest.approx([math.log(7)] * 3)
-    assert common.entropy(torch.tensor([[200.0, 0, 0]])).item() == 0
-
-
 def test_entropy_equals_torch_and_has_its_gradient():
-    """Against torch.distributions. Fails if p is detached in -sum p ln p."""
+    """Uniform logits have ln C, sure ones 0. Fails if p is detached in -sum p ln p, or with log2."""
+    ends = common.entropy(torch.tensor([[0.0, 0, 0], [200.0, 0, 0]])).tolist()
+    assert ends == pytest.approx([math.log(3), 0])
     a = torch.randn(5, 10, requires_grad=True)
     b = a.detach().clone().requires_grad_(True)
     want, ours = torch.distributions.Categorical(logits=b).entropy(), common.entropy(a)
@@ -226,28 +205,19 @@ def test_the_gradient_of_ema_flows_through_the_batch_statistics():
     assert all(torch.allclose(g, w, atol=1e-4) for g, w in zip(got, want))
 
 
-def seeded_layer(parts) -> AdaptiveBN:
+@pytest.mark.parametrize("sizes, spread", [
+    ((16,), 1.0), ((1, 1, 1, 1), 1.0), ((8, 4, 4), 1.0), ((16, 16, 16, 16), 1e-4)])
+def test_averaged_in_statistics_are_those_of_all_images_together(sizes, spread):
+    """And never below 0. Fails if variances are averaged, or E[x^2] - E[x]^2 is left to its rounding."""
+    x = 30 + spread * (torch.randn(sum(sizes), 4, 5, 5) + 3 * torch.randn(sum(sizes), 4, 1, 1))
     layer, n = nn.Sequential(both_bn("ema")[1]).eval(), 0
-    for part in parts:
+    for part in x.split(sizes):
         n += len(part)
         cema.average_in(layer, len(part) / n)
         layer(part)
-    return layer[0]
-
-
-@pytest.mark.parametrize("sizes", [(16,), (1, 1, 1, 1), (8, 4, 4)])
-def test_seeding_averages_to_the_statistics_of_all_images_together(sizes):
-    """Also one image at a time. Fails if variances are averaged instead of squares."""
-    x = torch.randn(sum(sizes), 4, 5, 5) + 3 * torch.randn(sum(sizes), 4, 1, 1)
-    bn = seeded_layer(x.split(sizes))
-    assert torch.allclose(bn.running_mean, x.mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(bn.running_var, x.var((0, 2, 3), correction=0), rtol=1e-4)
-
-
-def test_a_channel_that_hardly_varies_has_no_negative_variance():
-    """The cloud would refuse all uploads. Fails if E[x^2] - E[x]^2 is left to its rounding."""
-    x = 30 + 1e-4 * torch.randn(64, 4, 5, 5)
-    assert (seeded_layer(x.split(16)).running_var >= 0).all()
+    assert torch.allclose(layer[0].running_mean, x.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(layer[0].running_var, x.var((0, 2, 3), correction=0), atol=2e-3)
+    assert (layer[0].running_var >= 0).all()
 
 
 def test_only_affine_parameters_of_norm_layers_may_move():
@@ -318,183 +288,45 @@ def test_masked_classes_are_gone_from_the_logits():
     assert torch.equal(kept(x), model(x)[:, [7, 2]])
 
 
-# ----- messages and link -------------------------------------------------------------------------------
-
-UP = {"images": ("u1", (-1, 3, 4, 4)), "stats": ("f4", (-1,))}
-DOWN = {"version": ("i8", ()), "affine": ("f4", (3,)), "stats": ("f4", (2,))}
-ONES = np.ones(3, np.float32)
+# ----- link --------------------------------------------------------------------------------------------
 
 
-def npy(array) -> bytes:
-    np.save(file := io.BytesIO(), array)
-    return file.getvalue()
+tensors = lambda value: Download([torch.full((3,), float(value))], [torch.full((2,), float(value))])
 
 
-def changed(**change) -> bytes:
-    """A download that fits DOWN, but for an array that is another, more, or (None) not there."""
-    arrays = {"version": np.int64(5), "affine": ONES, "stats": ONES[:2]} | change
-    return cema.encode(**{k: v for k, v in arrays.items() if v is not None})
-
-
-def test_messages_come_back_as_they_were():
-    """And an upload is its images' bytes and half a kB. Fails if a dtype or an order changes."""
-    x, stats = images(50, size=4), [torch.randn(3), torch.rand(3)]
-    affine, back = [torch.randn(2, 2), torch.ones(2)], [torch.zeros(2, 2), torch.zeros(2)]
-    for sent in (stats, []):
-        got = cema.decode(message := upload(x, sent), **UP)
-        assert (got["images"] == x.numpy()).all() and got["stats"].tolist() == cema.flat(sent).tolist()
-        assert len(message) < 50 * 48 + 550
-    sizes = {"affine": ("f4", (6,)), "stats": ("f4", (6,))}
-    got = cema.decode(download(7, affine, stats), **DOWN | sizes)
-    cema.fill(back, got["affine"])
-    assert got["version"] == 7 and same(back, affine)
-    assert torch.equal(torch.from_numpy(got["stats"]), torch.cat(stats))
-
-
-@pytest.mark.parametrize("message, expected", [
-    (changed(), DOWN), (upload(images(2, size=4), [torch.ones(4)]), UP)], ids=["down", "up"])
-def test_a_message_with_any_wrong_byte_is_refused_or_means_the_same(message, expected):
-    """Each length, and each byte in turn. One flip in four passes: a zip has dates, and sizes twice.
-    Fails if an array that damage hides is not missed."""
-    want, passed = cema.decode(message, **expected), 0
-    for i in range(len(message)):
-        with pytest.raises(Refused):
-            cema.decode(message[:i], **expected)
-        for flip in (1, 0x55):
-            try:
-                got = cema.decode(message[:i] + bytes([message[i] ^ flip]) + message[i + 1:], **expected)
-            except Refused:
-                continue
-            passed += 1
-            assert all(np.array_equal(got[k], want[k]) for k in want), i
-    assert 0.2 < passed / (2 * len(message)) < 0.3
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-BOMBS = np.array([Bomb()] * 3)
-BAD = {"no statistics": changed(stats=None), "no version": changed(version=None),
-       "one array too many": changed(more=ONES), "float64": changed(affine=ONES.astype("f8")),
-       "big-endian": changed(affine=ONES.astype(">f4")), "a version of 5.0": changed(version=ONES[0]),
-       "NaN": changed(affine=ONES * math.nan), "infinite": changed(stats=ONES[:2] * math.inf),
-       "a million": changed(affine=ONES * -1e6), "variance of a million": changed(stats=ONES[:2] * 1e6),
-       "negative variance": changed(stats=-ONES[:2]), "fewer": changed(affine=ONES[:2]),
-       "more": changed(affine=np.ones(4, "f4")), "a matrix": changed(affine=ONES[None]),
-       "objects": changed(affine=BOMBS), "an upload": upload(images(1)), "no arrays": cema.encode(),
-       "empty": b"", "noise": b"x" * 30, "a pickle": pickle.dumps(Bomb()), "an .npy": npy(ONES),
-       "an .npy of objects": npy(BOMBS)}
-BAD_UP = {"a download": changed(), "5 px": upload(images(2, size=5)),
-          "a wrong number of images": upload(images(90, size=4)).replace(b"(90, 3", b"(10, 3"),
-          "our earlier format": b"CEMU\2\0\0\0\4\0\0\0\0\0\0\0" + bytes(2 * 48 + 4)}
-
-
-@pytest.mark.parametrize("message, expected", [
-    pytest.param(message, expected, id=name)
-    for bad, expected in ((BAD, DOWN), (BAD_UP, UP)) for name, message in bad.items()])
-def test_a_message_that_does_not_fit_is_refused(message, expected, tmp_path, monkeypatch):
-    """And pickles never run. Fails if names, dtype, shape, finiteness, variance or CRC go unchecked."""
-    monkeypatch.chdir(tmp_path)
-    assert cema.decode(changed(stats=np.float32([-1, 1])), **DOWN)  # a mean may be negative
-    with pytest.raises(Refused):
-        cema.decode(message, **expected)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_message_too_large_is_refused_unread(monkeypatch):
-    """Also one that is small and claims much. Fails if either size is compared after reading."""
-    read, read_array = [], np.lib.format.read_array
-    monkeypatch.setattr(np.lib.format, "read_array",
-                        lambda *args, **kw: read.append(1) or read_array(*args, **kw))
-    np.savez_compressed(file := io.BytesIO(), images=np.zeros((100, 3, 4, 4), "u1"), stats=ONES[:0])
-    claims, plain = file.getvalue(), upload(images(100, size=4))
-    assert len(claims) < 1000 and cema.decode(claims, **UP)
-    monkeypatch.setattr(cema, "LARGEST_MESSAGE", len(plain))
-    assert cema.decode(plain, **UP)
-    for limit, message in ((len(plain) - 1, plain), (2000, claims), (2000, npy(np.zeros(300)))):
-        monkeypatch.setattr(cema, "LARGEST_MESSAGE", limit)
-        read.clear()
-        with pytest.raises(Refused):
-            cema.decode(message, **UP)
-        assert not read
-
-
-def hostile(rng: np.random.Generator, good: bytes) -> bytes:
-    """Noise, perhaps behind a magic number; any arrays; a good message with 16 bytes overwritten."""
-    kind, start = rng.integers(3), [b"", b"PK\x03\x04", b"\x93NUMPY\x01\0"][rng.integers(3)]
-    if kind == 0:
-        return start + rng.bytes(int(rng.integers(400)))
-    if kind == 1:
-        names, shape = rng.choice([*UP, *DOWN], 3), rng.integers(0, 5, rng.integers(5))
-        return cema.encode(**{n: np.zeros(shape, rng.choice(["u1", "f4", "i8", "S3"])) for n in names})
-    at = int(rng.integers(len(good) // 4, len(good) // 2))  # in the data of the largest array
-    return good[:at] + rng.bytes(16) + good[at + 16:]
-
-
-def test_a_refused_message_changes_neither_parameters_nor_E_max():
-    """300 hostile ones, and such as nearly fit. Fails if the version goes unchecked, if anything but
-    Refused is raised, or if values are filled in before the checks."""
-    method, rng = stepped(3, warmup_batches=1), np.random.default_rng(0)
-    edge, cloud, before = method.edge, method.cloud, everything(method)
-    affine, stats, v = [t + 0.1 for t in cloud.twin.affine], cloud.twin.stats, edge.version
-    down, up = download(v + 1, affine, stats), upload(images(4), stats)
-    for near in (download(v, affine, stats), download(v - 1, affine, stats), download(-9, affine, stats),
-                 download(v + 1, affine[1:], stats), download(v + 1, affine, stats[1:])):
-        edge.take_over(near)
-    cloud.receive(upload(images(4), stats[1:]))
-    for _ in range(150):
-        for good, receive, side in ((down, edge.take_over, edge), (up, cloud.receive, cloud)):
-            receive(message := hostile(rng, good))
-            with pytest.raises(Refused):
-                cema.decode(message, **side.expected)
-    assert method.counts["refused_messages"] == 306 and same(everything(method), before)
-    assert edge.version > 0 and edge.e_max != edge.e0
-    edge.take_over(down), cloud.receive(up)
-    assert same(edge.affine, affine) and edge.version == v + 1 and torch.equal(cloud.pending, images(4))
-
-
-def test_a_link_delays_drops_and_corrupts_as_told():
-    """Bytes and nothing else; shares within 4 sd. Fails if delay counts from one, or drop is corrupt."""
-    link, arrived = Link(delay_batches=2), []
-    link.send("down", b"a")
+def test_a_link_delays_and_keeps_the_order():
+    """Two batches, each way on its own. Fails if delay counts from one, or the newest comes first."""
+    link, came = Link(hp(link_delay=2), Counter()), []
     for t in range(4):
-        arrived += [(t, m) for m in link.receive("down")]
+        link.send("down", tensors(t))
+        came.append([int(message.affine[0][0]) for message in link.receive("down")])
         link.now += 1
-    assert arrived == [(2, b"a")] and link.receive("up") == []
-    with pytest.raises(TypeError):
-        link.send("up", images(1))
-    for kw in (dict(drop=0.3), dict(corrupt=0.3)):
-        link, message = Link(**kw), bytes(range(50))
-        for _ in range(4000):
-            link.send("up", message)
-        got = link.receive("up")
-        assert abs(got.count(message) / 4000 - 0.7) < 4 * math.sqrt(0.21 / 4000)
-        assert len(got) == 4000 if "corrupt" in kw else len(got) < 4000
+    assert came == [[], [], [0], [1]] and link.receive("up") == []
+
+
+@pytest.mark.parametrize("change", [dict(link_drop=0.3), dict(link_corrupt=0.3)])
+def test_a_link_loses_as_many_messages_as_told(change):
+    """Within 4 sd; bytes count all the same; what arrives is whole. Fails if a share is not read."""
+    link = Link(hp(**change), counts := Counter())
+    for _ in range(4000):
+        link.send("down", tensors(1.0))
+    got = link.receive("down")
+    assert abs(len(got) / 4000 - 0.7) < 4 * math.sqrt(0.21 / 4000)
+    assert all(isinstance(m, Download) and same(m.affine, tensors(1.0).affine) for m in got)
+    assert counts["bytes_down"] == 4000 * 20 and counts["bytes_down_stats"] == 4000 * 8
+    assert counts["refused_messages"] == (4000 - len(got) if "link_corrupt" in change else 0)
 
 
 # ----- edge and cloud ----------------------------------------------------------------------------------
 
 
-class ForwardOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-
-class OnDevice(FromBytes):
-    def forward(self, x):
-        return ForwardOnly.apply(super().forward(x))
-
-
-def test_the_edge_works_where_backward_raises():
-    """A network without a backward serves as edge, and not as Tent. Fails if the edge calls backward."""
-    model = OnDevice(small().net, [0.5] * 3, [0.25] * 3)
-    logits, message, n = one_edge(model, select="all").step(images(16), [])
-    assert logits.shape == (16, 10) and not logits.requires_grad and message and n == 16
-    with pytest.raises(NotImplementedError, match="backward"):
-        baseline("tent", model).step(images(16))
+def test_the_edge_works_where_backward_raises(monkeypatch):
+    """As it does on many devices. Tent does not. Fails if the edge calls backward."""
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    logits, upload = one_edge(select="all").step(images(16), [])
+    assert logits.shape == (16, 10) and not logits.requires_grad and len(upload.images) == 16
+    with pytest.raises(TypeError):
+        baseline("tent").step(images(16))
 
 
 def test_the_edge_holds_no_optimizer_no_gradient_and_nothing_of_the_clouds():
@@ -514,31 +346,30 @@ def test_the_edge_answers_before_anything_is_learned_of_a_batch():
     method = quick()
     for t in range(4):
         x, ahead = images(16, t), copy.deepcopy(method.edge)
-        want = ahead.step(x, [message for _, message in method.link.down])[0]
+        want = ahead.step(x, [Download(*parts) for _, parts in method.link.down])[0]
         got = method.step(x)
-        assert torch.equal(got, want) and len(method.link.down) == 1
-        learned = ahead.step(x, [method.link.down[0][1]])[0]
-        assert not torch.allclose(got, learned, atol=1e-3)
+        (_, newest), = method.link.down
+        assert torch.equal(got, want)
+        assert not torch.allclose(got, ahead.step(x, [Download(*newest)])[0], atol=1e-3)
 
 
 def test_a_download_makes_the_edge_the_twin_whatever_was_lost_before():
     """Every tensor equal. Fails if statistics or affine parameters stay behind, or are differences."""
-    method, late = stepped(4), one_edge()
-    twin, (_, message), = method.cloud.twin, method.link.down[0]
-    late.take_over(message), method.edge.take_over(message)
-    for edge in (late, method.edge):
-        assert same(edge.affine + edge.stats, twin.affine + twin.stats) and edge.version == 8
-    assert not np.array_equal(cema.flat(twin.affine), twin.source)
+    method = stepped(4)
+    twin, (_, newest), = method.cloud.twin, method.link.down[0]
+    for edge in (one_edge(), method.edge):
+        edge.step(images(16), [Download(*newest)])
+        assert same(edge.affine + edge.stats, twin.affine + twin.stats)
+    assert not same(twin.affine, twin.source)
 
 
 def test_the_twin_starts_from_the_edges_statistics():
     """They come with uploads until a download does. Fails if the twin takes those of its first 8."""
     method = quick()
     edge, cloud = method.edge, method.cloud
-    cloud.receive(edge.step(images(16), [])[1])
-    assert same(edge.stats, cloud.twin.stats) and cloud.twin.seeded and not cloud.f.seeded
-    message = edge.step(images(16), [cloud.work()])[1]
-    assert edge.version == 2 and not len(cema.decode(message, **cloud.expected)["stats"])
+    cloud.step([edge.step(images(16), [])[1]], 0)
+    assert same(edge.stats, cloud.twin.stats) and cloud.twin.has_stats and not cloud.f.has_stats
+    assert edge.step(images(16), [cloud.step([], 16)])[1].stats == []
 
 
 def test_statistics_are_those_of_the_newest_images_until_a_download_comes():
@@ -567,8 +398,7 @@ def test_replay_joins_once_the_buffer_holds_enough():
     cloud.twin.forward = lambda x, learn: seen.append(x) or forward(x, learn)
     for t, n in enumerate((8, 8, 16, 16)):
         u, before = images(8, t), cloud.counts["cloud_forwards"]
-        cloud.receive(upload(u))
-        cloud.work()
+        cloud.step([Upload(u, [])], 16)
         assert len(seen[-1]) == n and torch.equal(seen[-1][:8], u)
         assert cloud.counts["cloud_forwards"] - before == 2 * n  # f and g, once each
         assert all(any(torch.equal(x, v) for v in old) for x in seen[-1][8:])
@@ -587,13 +417,11 @@ def test_the_replay_buffer_is_first_in_first_out():
 
 
 def test_uploads_wait_for_a_full_batch_and_replay_alone_comes_when_none_is():
-    """28 uploads, 8 a step: 3 steps and 4 left. Fails if these make a smaller step, or if the flag is
-    not read."""
+    """28 uploads, 8 a step: 3 steps and 4 left. Fails if these make a step, or the flag is not read."""
     for on in (True, False):
         cloud = quick(replay_only=on).cloud
-        cloud.receive(upload(images(28)))
-        assert cloud.work() and cloud.steps == 3
-        assert (cloud.work() is not None) == on and cloud.steps == 3 + on
+        assert cloud.step([Upload(images(28), [])], 16) and cloud.steps == 3
+        assert (cloud.step([], 16) is not None) == on and cloud.steps == 3 + on
         assert cloud.counts["replay_only_steps"] == on and torch.equal(cloud.pending, images(28)[24:])
 
 
@@ -609,7 +437,7 @@ def test_the_foundation_learns_from_uploads_only_and_not_from_the_twin():
     """A replay-only step leaves f as it was. Fails if f's logits keep their graph."""
     method = stepped(2)
     f, before = method.cloud.f.model, copy.deepcopy(method.cloud.f.model)
-    method.cloud.work()
+    method.cloud.step([], 16)
     assert method.counts["replay_only_steps"] == 1
     assert same(*(list(net.state_dict().values()) for net in (f, before)))
 
@@ -636,13 +464,14 @@ def test_the_threshold_shrinks_as_the_model_gets_surer():
         assert (e_max[3] < e_max[2] < E0) if dynamic else e_max[3] == E0
 
 
-def test_downloads_come_every_K_batches_and_hold_norm_layers_only():
+@pytest.mark.parametrize("K", [1, 3])
+def test_downloads_come_every_K_batches_and_hold_norm_layers_only(K):
     """Fails if --download-every is not read, or whole networks travel."""
-    for K in (1, 3):
-        method = stepped(6, download_every=K)
-        size, n = len(download(1, method.cloud.twin.affine, method.cloud.twin.stats)), 6 // K
-        assert method.link.now == 6 and method.counts["bytes_down"] == n * size
-        assert method.counts["bytes_down_stats"] == n * 4 * method.cloud.n_stats < n * size / 2
+    method, size = stepped(6, download_every=K), lambda tensors: 4 * sum(t.numel() for t in tensors)
+    twin, counts = method.cloud.twin, method.counts
+    assert method.link.now == 6 and counts["bytes_down_stats"] == 6 // K * size(twin.stats)
+    assert counts["bytes_down"] == 6 // K * size(twin.affine + twin.stats)
+    assert counts["bytes_up"] - counts["bytes_up_stats"] == 3072 * counts["uploads"]
 
 
 def test_after_each_reset_both_networks_are_source_again():
@@ -650,7 +479,7 @@ def test_after_each_reset_both_networks_are_source_again():
     for every, resets in ((1, 8), (0, 0)):
         method = stepped(4, reset_every=every)
         for net in (method.cloud.f, method.cloud.twin):
-            assert np.array_equal(cema.flat(net.affine), net.source) == bool(every)
+            assert same(net.affine, net.source) == bool(every)
             assert bool(net.opt.state) != bool(every)
         assert method.counts["resets"] == resets
 
@@ -669,25 +498,25 @@ def test_a_download_that_ends_in_nan_is_undone():
     method = stepped(3)
     edge, twin, x = method.edge, method.cloud.twin, images(16, 9)
     want = copy.deepcopy(edge).step(x, [])[0]
-    bad = [download(edge.version + k, [9e5 * torch.ones_like(t) for t in twin.affine], twin.stats)
-           for k in (1, 2)]
-    for arrived in (bad[:1], bad):
+    bad = Download([math.nan * t for t in twin.affine], twin.stats)
+    for arrived in ([bad], [bad, bad]):
         at = copy.deepcopy(edge)
-        assert torch.equal(at.step(x, arrived)[0], want)
-        assert same(at.affine + at.stats, edge.affine + edge.stats) and at.version > edge.version
-    at.step(x, [download(edge.version + 3, twin.affine, twin.stats)])
+        for _ in range(2):  # once more: the way back stays
+            assert torch.equal(at.step(x, arrived)[0], want)
+            assert same(at.affine + at.stats, edge.affine + edge.stats)
+    at.step(x, [Download(twin.affine, twin.stats)])
     assert same(at.affine + at.stats, twin.affine + twin.stats)
 
 
 def test_one_image_whose_logits_overflow_does_not_end_all_uploads():
-    """It is counted, and not sent. Fails if its entropy enters the mean that moves E_max."""
-    logits, counts = torch.randn(64, 10) * 4, Counter()
-    edge, plain = one_edge(counts=counts, warmup_batches=1), one_edge(warmup_batches=1)
+    """It is not sent. Fails if its entropy enters the mean that moves E_max."""
+    logits = torch.randn(64, 10) * 4
+    edge, plain = one_edge(warmup_batches=1), one_edge(warmup_batches=1)
     broken = torch.cat([logits, torch.full((1, 10), math.nan)])
     for _ in range(2):
         chosen, want = edge.choose(broken), plain.choose(logits)
         assert torch.equal(chosen[:64], want) and want.any() and not chosen[64]
-    assert edge.e_max == plain.e_max and counts["not_finite"] == 2
+    assert edge.e_max == plain.e_max
     assert not one_edge(warmup_batches=1).choose(broken[64:]).any()
 
 
@@ -695,34 +524,23 @@ def test_one_image_whose_logits_overflow_does_not_end_all_uploads():
 def test_nan_in_the_cloud_begins_anew_and_never_ends_the_edges_loop(name):
     """Statistics, too. Fails if one bad step stops every device, or stays, or goes unsaid."""
     method = stepped(2)
-    learner, before = getattr(method.cloud, name), method.edge.version
+    learner, sent = getattr(method.cloud, name), method.counts["bytes_down"]
     learner.affine[0].data.fill_(math.nan)
     with pytest.warns(UserWarning, match="is nan, its gradient norm nan; lower --lr.* begin anew"):
         method.step(images(16))
-    assert np.array_equal(cema.flat(learner.affine), learner.source)
-    assert np.array_equal(cema.flat(learner.stats), learner.source_stats)
+    assert same(learner.affine, learner.source) and same(learner.stats, learner.source_stats)
     for t in range(3):
         assert method.step(images(16, t)).isfinite().all()
-    assert method.counts["resets"] == 1 and method.edge.version > before + 4  # downloads go on
+    assert method.counts["resets"] == 1 and method.counts["bytes_down"] >= 5 / 2 * sent  # it goes on
 
 
 def test_a_flood_of_uploads_leaves_the_newest_and_work_stays_short():
     """16 batches wait at most. Fails if memory, or the steps of one call, have no bound."""
     cloud, x = quick().cloud, images(600)
-    cloud.receive(upload(x))
+    cloud.step([Upload(x, [])], 0)
     assert torch.equal(cloud.pending, x[-256:])
-    cloud.work()
-    assert cloud.steps == 32 and not len(cloud.pending) and cloud.counts["dropped"] == 600 - 256
-
-
-@pytest.mark.parametrize("version", [-2**63, 2**63 - 1])
-def test_no_version_number_blocks_all_later_ones(version):
-    """Fails if a forged one, or a cloud that began anew, makes every later download stale."""
-    method = stepped(3)
-    edge, twin, x = method.edge, method.cloud.twin, images(16)
-    edge.step(x, [download(version, twin.affine, twin.stats)])
-    edge.step(x, [download(5, [t + 0.1 for t in twin.affine], twin.stats)])
-    assert edge.version == 5
+    cloud.step([], 16)
+    assert cloud.steps == 32 and not len(cloud.pending)
 
 
 def test_images_that_are_not_uint8_of_the_right_size_are_one_clear_line():
@@ -735,8 +553,8 @@ def test_images_that_are_not_uint8_of_the_right_size_are_one_clear_line():
 def test_an_edge_network_that_calls_view_takes_channels_last_images(own, tiny):
     """Fails if what is checked is not what tools/edge.py runs."""
     args = cema.parse(["--arch", f"{own}:make", "--weights", "none", "--dataset", str(tiny)])
-    net, = cema.networks(args, common.load_data(str(tiny)), None, CPU, ("--arch",))
-    assert net(images(2)).shape == (2, 4)
+    (net, own_data), = streams.networks(args, common.load_data(str(tiny)), CPU, ("--arch",))
+    assert FromBytes(net, own_data.mean, own_data.std)(images(2)).shape == (2, 4)
 
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
@@ -749,22 +567,18 @@ def test_one_value_a_channel_is_normalised_by_what_is_known(mode):
     assert torch.equal(adaptive(x), bn.eval()(x))
 
 
-def test_keywords_are_the_flags_and_checked_as_such():
-    """Fails if a name is swallowed, a value taken that the command line refuses, or a check goes."""
-    for kw, words in ((dict(edges=2), "edges"), (dict(recipe="few-classes"), "unpack one of RECIPES")):
-        with pytest.raises(TypeError, match=words):
-            quick(**kw)
-    for kw, words in ((dict(select="Random"), "--select"), (dict(bn="batches"), "--bn"),
-                      (dict(lr=-1.0), "--lr"), (dict(link_drop=1.5), "--link-drop"),
-                      (dict(replay=10), "--replay 10: too few"), (dict(e_min=0.5), "--e-min 0.5: not"),
-                      (dict(replay=16), "--replay 16: too few for --replay-min 16"),
-                      (dict(dynamic=False, lam=0.04), "--e-min 0.02: not"),
-                      (dict(select=True), "select True: expected what --select takes"),
-                      (dict(dynamic="no"), "dynamic 'no': expected True or False"),
-                      (dict(foundation=small(classes=7)), "10 classes, the foundation 7")):
-        with pytest.raises(InputError, match=words):
-            quick(**kw)
-    assert quick(link_delay=3).link.delay == 3
+@pytest.mark.parametrize("change, error, words", [
+    (dict(edges=2), TypeError, "edges"),
+    (dict(recipe="few-classes"), TypeError, "a recipe is unpacked"),
+    (dict(replay=10), InputError, "--replay 10: too few"),
+    (dict(replay=16), InputError, "--replay 16: too few; expected 0, or 17"),
+    (dict(e_min=0.5), InputError, "--e-min 0.5: not below"),
+    (dict(dynamic=False, lam=0.04), InputError, "--e-min 0.02: not below"),
+    (dict(foundation=small(classes=7)), InputError, "10 classes, the foundation 7")])
+def test_keywords_that_make_no_sense_are_refused(change, error, words):
+    """Fails if a name is swallowed, or a check goes."""
+    with pytest.raises(error, match=words):
+        quick(**change)
 
 
 # ----- baselines ---------------------------------------------------------------------------------------
@@ -803,15 +617,23 @@ TINY = ("--images 48 --batch-size 16 --corruptions gaussian_noise contrast --fou
         "--replay-draw 8 --replay-min 16 --log-every 2 --device cpu ")
 
 
-def run(command: str, out: Path) -> list[dict]:
-    """cema.py with these flags, and the records of its log."""
-    common.run(cema.main, cema.parse, f"{TINY} {command} --out {out}".split())
-    return common.read_log(out / "log.jsonl")
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(command, name): cema.py with these flags, and the records of its log."""
+    monkeypatch.setattr(sys, "argv", ["cema.py"])
+
+    def call(command: str, name: str = "run") -> list[dict]:
+        out = tmp_path / name
+        argv = f"--resume {out}" if command == "--resume" else f"{TINY} {command} --out {out}"
+        common.run(common.each_seed(cema.main), cema.parse, argv.split())
+        return [json.loads(line) for line in (out / "log.jsonl").open()]
+
+    return call
 
 
-def test_the_log_holds_what_the_tables_need(tmp_path, capsys):
+def test_the_log_holds_what_the_tables_need(run, tmp_path, capsys):
     """Fails if a key is renamed, a method is missing, or a finished run keeps its checkpoint."""
-    start, *_, end = run("--checkpoint-every 2", tmp_path)
+    start, *_, end = run("--checkpoint-every 2")
     assert start["event"] == "start" and end["event"] == "end"
     for m in (*cema.METHODS, "foundation_source", "foundation"):
         accs = end["per_domain"][m]
@@ -822,12 +644,12 @@ def test_the_log_holds_what_the_tables_need(tmp_path, capsys):
         assert math.isfinite(end[k])
     assert end["bytes_up"] >= 3072 * end["uploads_pct"] / 100 * 96 > 0
     assert "not comparable" in capsys.readouterr().out
-    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["log.jsonl"]
 
 
-def test_each_part_of_the_stream_has_its_record(tmp_path, capsys):
+def test_each_part_of_the_stream_has_its_record(run, capsys):
     """Domains in turn, twice. Fails if these are running means, or the note of --batch-size 1 goes."""
-    log = run("--order lifelong --loop 2 --methods source bn --batch-size 1 --images 8", tmp_path)
+    log = run("--order lifelong --loop 2 --methods source bn --batch-size 1 --images 8")
     evals = [r for r in log if r["event"] == "eval"]
     assert [r["domain"] for r in evals] == ["gaussian_noise/5", "contrast/5"] * 2
     accs = [r["acc_source_pct"] for r in evals]
@@ -835,12 +657,17 @@ def test_each_part_of_the_stream_has_its_record(tmp_path, capsys):
     assert "note: with --batch-size 1" in capsys.readouterr().out
 
 
+def figures(log: list[dict]) -> list[dict]:
+    """The records without what depends on a clock."""
+    timed = ("wall_s", "peak_mib", "edge_overhead_pct", "cloud_ms_per_image")
+    return [{k: v for k, v in r.items() if k not in timed} for r in log if r["event"] != "start"]
+
+
 @pytest.mark.parametrize("order", [
     "reset", "lifelong --reset-every 4 --no-score-foundation",
     "mixed --link-delay 1 --link-drop 0.3 --link-corrupt 0.4 --d-margin 0.3"])
-def test_interrupted_and_resumed_equals_uninterrupted(order, tmp_path, monkeypatch, capsys):
-    """Every record but the times, bitwise, and never with other flags. Fails if an EMA, a momentum, a
-    queue or a generator is left out of the checkpoint."""
+def test_interrupted_and_resumed_equals_uninterrupted(order, run, monkeypatch, capsys):
+    """Every record but the times, bitwise. Fails if a momentum, a queue or a generator is not saved."""
     command = ("--checkpoint-every 2 --methods tent eta cema --select random --images 24 --batch-size 8 "
                f"--cloud-batch 4 --replay-min 8 --lr 0.05 --tent-lr 0.5 --eta-lr 0.5 --order {order} ")
     step, calls = CEMA.step, []
@@ -851,17 +678,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(order, tmp_path, monkeypat
             raise KeyboardInterrupt
         return step(self, x)
 
-    want = run(command, tmp_path / "a")
+    want = run(command, "a")
     monkeypatch.setattr(CEMA, "step", ctrl_c_at_the_fourth)
-    for flags in ("", "--resume --alpha 1"):
-        with pytest.raises(SystemExit):
-            run(command + flags, tmp_path / "b")
-    assert "another --alpha" in capsys.readouterr().err
-    got = run(command + "--resume", tmp_path / "b")
-    timed = ("wall_s", "peak_mib", "edge_overhead_pct", "cloud_ms_per_image")
-    want, got = ([{k: v for k, v in r.items() if k not in timed} for r in log if r["event"] != "start"]
-                 for log in (want, got))
-    assert want == got and len(calls) == 4 + 6 - 2
+    with pytest.raises(SystemExit):
+        run(command, "b")
+    assert "to go on: python cema.py --resume" in capsys.readouterr().err
+    got = run("--resume", "b")
+    assert figures(want) == figures(got) and len(calls) == 4 + 6 - 2
     assert want[-1]["cloud_backwards"] > 0 and (want[-1]["refused_messages"] > 0) == ("link" in order)
 
 
@@ -888,13 +711,12 @@ def test_the_edge_loop_costs_at_most_five_percent_more_than_inference(fashion):
 
 
 def test_every_part_fires_under_default_flags(miniature):
-    """Both thresholds cut, E_max moves, f and twin learn, replay joins; and alone, when images come of
-    which g is sure. Fails if a default switches a part off."""
+    """Both thresholds, E_max, f, twin, replay, and replay alone. Fails if a default switches one off."""
     x, _, logits, method = miniature
     edge, cloud, counts, H = method.edge, method.cloud, method.counts, common.entropy(logits["cema"])
-    assert (H < edge.e_min).any() and (H > edge.e0).any() and edge.e_max != edge.e0 and edge.version
+    assert (H < edge.e_min).any() and (H > edge.e0).any() and edge.e_max != edge.e0 and edge.good
     for net in (cloud.f, cloud.twin):
-        assert not np.array_equal(cema.flat(net.affine), net.source)
+        assert not same(net.affine, net.source)
     assert len(cloud.kept) >= 256 and counts["cloud_forwards"] > 2 * counts["uploads"]
     for part in x[H.argsort()[:128]].split(64):
         method.step(part)
@@ -902,22 +724,16 @@ def test_every_part_fires_under_default_flags(miniature):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("--severity 6", "--severity"),
-    ("--order sideways", "--order"),
-    ("--edges 4", "--edges"),
-    ("--arch squeezenet1_0", "nothing can adapt"),
-    ("--affine ln", "no norm layers of the kinds ln"),
-    ("--link-drop 1.5", "--link-drop"),
-    ("--batch-size 0", "--batch-size"),
-    ("--methods magic", "--methods"),
-    ("--arch resnet99", "--arch resnet99: no such network"),
+    ("--severity 6", "--severity"), ("--order sideways", "--order"), ("--edges 4", "--edges"),
+    ("--link-drop 1.5", "--link-drop"), ("--batch-size 0", "--batch-size"),
+    ("--methods magic", "--methods"), ("--device tpu9", "--device tpu9"),
+    ("--arch squeezenet1_0", "nothing can adapt"), ("--affine ln", "no norm layers of the kinds ln"),
+    ("--arch resnet99", "--arch resnet99: no such network"), ("--weights nowhere.pt", "nowhere.pt"),
     ("--foundation resnet99", "--foundation resnet99: no such network"),
     (f"--foundation resnet8 --foundation-weights {WEIGHTS}/fashion_resnet20.pt",
      "--foundation is resnet8, and the file"),
-    ("--weights nowhere.pt", "nowhere.pt"),
     (f"--foundation-weights {WEIGHTS}/cifar100_resnet20.pt --foundation resnet20", "100 classes"),
-    ("--out {tmp}/file/x", "cannot be written"),
-    ("--device tpu9", "--device tpu9"),
+    ("--out {tmp}/file/x", "cannot be made"),
 ])
 def test_a_users_mistake_gets_one_line(command, words, tmp_path, fails):
     """And leaves nothing behind. Fails if it ends in a traceback."""
@@ -950,13 +766,7 @@ def test_a_recipe_sets_its_values_and_flags_still_win():
     assert cema.parse([]).lr == 2.5e-3 and cema.parse([]).bn == "ema"
 
 
-def test_help_needs_neither_data_nor_network_and_every_flag_is_read():
-    """Nor the repository around it. Fails if the parser loads something, or a flag is forgotten."""
+def test_help_needs_neither_data_nor_network():
+    """Nor the repository around it. Fails if the parser loads something."""
     help_ = [sys.executable, cema.__file__, "--help"]
-    done = subprocess.run(help_, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0
-    files = ("cema.py", "common.py", "tools/streams.py")
-    source = "".join((common.ROOT / file).read_text() for file in files)
-    for action in cema.build_parser()._actions[1:]:
-        assert action.help and action.option_strings[0] in done.stdout, action.dest
-        assert re.search(rf"\b(args|hp)\.{action.dest}\b|\"{action.dest}\"", source), action.dest
+    assert subprocess.run(help_, capture_output=True, cwd="/").returncode == 0

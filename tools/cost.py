@@ -1,20 +1,22 @@
-"""What an iteration of GDFQ's published configuration costs, and what reading JPEG files costs.
+"""Measures what an iteration of GDFQ costs, and what reading JPEG files costs.
 
     python tools/cost.py            # ResNet-20, 100 classes, batch 200, generator width 128; minutes
     python tools/cost.py loader     # images/s of files at 224 px, by the number of workers
 
-The iteration stands beside the same one written plainly: fp32, NCHW, one torch op a line: mean and
-variance of each BN input, a quantizer of differentiable ops with a detached rounding. Same networks,
-losses, optimizers and batch, in the same process, alternating. The last line is the ratio of images/s.
-No data is needed: time does not depend on the weights' values.
+The iteration is that of the published configuration. It is compared with the same iteration written
+plainly: fp32, NCHW, BatchNorm statistics by mean and var, a quantizer of differentiable ops. Both have
+the same networks, losses, optimizers and batch, and they take turns in one process. The last line is the
+ratio of images/s. No data is needed, since the time does not depend on the weights.
 
-loader makes JPEG files of 500 x 375 px and about 110 kB, as ImageNet's are, and reads them as every
-script does: alone, then for a network on the same machine, with the share of the time that it waits.
+loader makes JPEG files of 500 x 375 px and about 110 kB, as those of ImageNet are. It reads them as
+every script does: first alone, then for a network that runs at the same time. It prints how long that
+network waits.
 """
 
 import argparse
 import copy
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +32,7 @@ import common  # noqa: E402
 import gdfq  # noqa: E402
 
 
-def plain_fake_quant(x, lo, hi, bits):
+def plain_fake_quant(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
     s, z = common.step_and_zero(lo, hi, bits)
     q = torch.clamp(x / s - z, 0, 2**bits - 1)
     q = q + (torch.round(q) - q).detach()
@@ -46,7 +49,7 @@ class Plain:
         for net in (self.teacher, self.student):
             for m in net.modules():
                 m._forward_pre_hooks.clear()
-        self.seen, self.batch, self.classes = [], method.hp.batch_size, method.num_classes
+        self.seen, self.hp, self.classes = [], method.hp, method.num_classes
         for m in self.teacher.modules():
             if isinstance(m, _BatchNorm):
                 m.register_forward_pre_hook(lambda m, inputs: self.seen.append((m, inputs[0])))
@@ -55,7 +58,8 @@ class Plain:
                                    nesterov=True)
 
     def step(self) -> None:
-        y, z = torch.randint(self.classes, (self.batch,)), torch.randn(self.batch, self.generator.latent)
+        y = torch.randint(self.classes, (self.hp.batch_size,))
+        z = torch.randn(self.hp.batch_size, self.hp.latent)
         self.seen.clear()
         x = self.generator(z, y)
         logits = self.teacher(x)
@@ -74,15 +78,21 @@ class Plain:
         self.opt.step()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = common.Parser(prog="tools/cost.py", description=__doc__)
-    p.add_argument("what", nargs="?", default="iteration", choices=["iteration", "loader"])
-    p.add_argument("--iterations", type=common.number(int, 1), default=10, help="timed, after two more")
-    p.add_argument("--images", type=common.number(int, 1), default=600, help="loader: files made")
-    p.add_argument("--arch", default="resnet18", help="loader: the network that waits for them")
-    p.add_argument("--device", default="auto", help="loader: of the network")
-    p.add_argument("--out", default="runs/cost", help="folder for log.jsonl")
+def build_parser() -> common.Parser:
+    p = common.Parser("tools/cost.py", __doc__)
+    choices = ["iteration", "loader"]
+    p.add_argument("what", nargs="?", default=choices[0], choices=choices, help="see above")
+    a = p.group("options")
+    a("--iterations", 10, "iterations that are timed, after two more", lo=1)
+    a("--images", 600, "of loader: files made", lo=1)
+    a("--arch", "resnet18", "of loader: the network that waits for them")
+    a("--device", "auto", "of loader: where that network runs")
+    a("--out", "runs/cost", "folder for log.jsonl")
     return p
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def make_files(folder: Path, n: int) -> None:
@@ -112,14 +122,14 @@ def read(split, net, data: common.Data, device) -> tuple[float, float]:
 
 
 def loader(args: argparse.Namespace) -> None:
-    """A line of the log a number of workers."""
-    device, log = common.pick_device(args.device), common.RunLog(Path(args.out))
-    log.start(args, device)
+    """Writes one line of the log for each number of workers."""
+    device = common.pick_device(args.device)
+    log = common.RunLog(Path(args.out), args, device)
     net = common.build_model(args.arch, 1000).eval().to(device, memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
         make_files(Path(folder, "val", "a"), args.images)
         data = common.load_data(folder)
-        kB = sum(f.stat().st_size for f in data.test.files) / len(data.test) / 1000
+        kB = statistics.mean(os.path.getsize(file) for file, _ in data.test.imgs) / 1000
         for workers in (0, 1, 2, 4, 8):
             if workers > 2 and workers > (os.cpu_count() or 1):
                 break
@@ -141,6 +151,7 @@ def main(args: argparse.Namespace) -> None:
     if args.what == "loader":
         return loader(args)
     device, paper = torch.device("cpu"), dict(gdfq.PAPER)
+    log = common.RunLog(Path(args.out), args, device)
     torch.manual_seed(0)
     paper |= dict(epochs=100, iters_per_epoch=1000, warmup_epochs=1, amp=common.has_fast_bf16(device))
     method = gdfq.GDFQ(common.build_model("resnet20", 100), 100, 32, **paper)
@@ -150,9 +161,9 @@ def main(args: argparse.Namespace) -> None:
     plain.student.load_state_dict(method.student.state_dict())
 
     def plain_step():
-        fused, gdfq.fake_quant = gdfq.fake_quant, plain_fake_quant  # quantizers look it up as they run
+        fused, common.fake_quant = common.fake_quant, plain_fake_quant  # quantizers look it up
         plain.step()
-        gdfq.fake_quant = fused
+        common.fake_quant = fused
 
     seconds = {"plain": [], "gdfq.py": []}
     for i in range(args.iterations + 2):
@@ -161,9 +172,7 @@ def main(args: argparse.Namespace) -> None:
             step()
             if i >= 2:
                 seconds[name].append(time.perf_counter() - t0)
-    log = common.RunLog(Path(args.out))
-    log.start(args, device)
-    mean_s = {name: sum(s) / len(s) for name, s in seconds.items()}
+    mean_s = {name: statistics.mean(s) for name, s in seconds.items()}
     rate = {name: method.hp.batch_size / s for name, s in mean_s.items()}
     for name in seconds:
         print(f"{name:<8} {mean_s[name]:.3f} s an iteration, {rate[name]:.0f} images/s")
@@ -175,4 +184,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, build_parser().parse_args)
+    common.run(main, parse)

@@ -87,6 +87,16 @@ def pack(q: nn.Module) -> dict:
     return {k: torch.cat(v) for k, v in parts.items()} | q.meta["bits"]
 
 
+def save(q: nn.Module, model: nn.Module, data: common.Data, args, path: Path) -> int:
+    """Writes pack(q) and what `rebuild` needs besides to a quantized.pt; its size in bytes."""
+    about = {"arch": args.arch, "dataset": args.dataset, "classes": data.classes, "mean": data.mean,
+             "std": data.std, "size": data.size}
+    # torchvision's Inception and GoogLeNet change it with their weights.
+    about["transform_input"] = getattr(model, "transform_input", False)
+    common.save_atomic(pack(q) | about, path)
+    return path.stat().st_size
+
+
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of pack_bits: n codes, flat, uint8."""
     b = np.unpackbits(packed.cpu().numpy(), count=n * bits).reshape(n, bits)

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -28,9 +27,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cema  # noqa: E402
 import common  # noqa: E402
-from common import InputError, number  # noqa: E402
-from tools import data as images  # noqa: E402
-from tools import streams  # noqa: E402
+from common import InputError, need  # noqa: E402
+from tools import streams, wire  # noqa: E402
 from tools.cloud import (BROKEN, LARGEST, WELCOME, address_of, hello, hurry, key_of,  # noqa: E402
                          parse_with, with_wire)
 
@@ -50,12 +48,12 @@ class Carrier(threading.Thread):
         self.out, self.arrived, self.counts = deque(), deque(), Counter()
         self.changed, self.connected = threading.Condition(), None  # None: not known yet
 
-    def send(self, images: int, upload: bytes | None) -> None:
+    def send(self, message: bytes) -> None:
         with self.changed:
             if len(self.out) == self.MOST:
                 self.out.popleft()
                 self.counts["dropped"] += 1
-            self.out.append(struct.pack(">I", images) + (upload or b""))
+            self.out.append(message)
             self.counts["sent"] += 1
             self.changed.notify_all()
 
@@ -70,8 +68,7 @@ class Carrier(threading.Thread):
         """Waits until every message is answered: for --in-step, which an edge in use does not want."""
         done = lambda: self.counts["answered"] == self.counts["sent"]
         with self.changed:
-            if not self.changed.wait_for(done, seconds):
-                raise InputError(f"--in-step: no answer in {seconds:.0f} s")
+            need(self.changed.wait_for(done, seconds), f"--in-step: no answer in {seconds:.0f} s")
 
     def run(self) -> None:
         wait_s = 0.2
@@ -111,7 +108,8 @@ class Carrier(threading.Thread):
                     raise TimeoutError(f"no answer in {self.answer_s:.0f} s")
                 answer = conn.recv_bytes(LARGEST)
                 with self.changed:
-                    self.arrived.extend([answer] if answer else [])
+                    if answer:
+                        self.arrived.append(answer)
                     self.counts["answered"] += 1
                     self.counts["dropped"] -= 1
                     self.counts["trip_s"] += time.perf_counter() - t0
@@ -125,18 +123,18 @@ def watched(folder: Path, size: int, batch_size: int, patience_s: float, once: b
 
     A file that cannot be read is tried again, as it may be half written, and given up after patience_s.
     """
-    seen, tried, transform = set(), {}, images.usual_transform(size)
+    seen, tried, transform = set(), {}, common.usual_transform(size)
     while True:
         files = {}  # name -> when it was last written
         for entry in os.scandir(folder):
-            image = entry.name.lower().endswith(images.IMAGE_FILES) and entry.name[0] != "."
+            image = entry.name.lower().endswith(common.IMAGE_FILES) and entry.name[0] != "."
             if image and entry.name not in seen:
                 with contextlib.suppress(OSError):  # taken away again, or a link to itself
                     files[entry.name] = entry.stat().st_mtime
         x, names = [], []
         for name in sorted(files, key=files.get)[:batch_size]:
             try:
-                x.append(images.read_image(folder / name, transform))
+                x.append(transform(common.read_image(folder / name)))
                 names.append(name)
             except InputError as e:
                 now = time.time()
@@ -155,10 +153,8 @@ def watched(folder: Path, size: int, batch_size: int, patience_s: float, once: b
 def streamed(args: argparse.Namespace, domains: list) -> Iterator:
     """(uint8 (B, 3, S, S), names, labels) of cema.py's stream."""
     stream = streams.Stream(domains, args.order, args.images, args.loop, args.seed)
-    plan = stream.batches(args.batch_size)
-    for x, y, d, i in stream.loader([positions for _, positions in plan]):
-        names = [f"{domains[k].name}/{n}" for k, n in zip(d.tolist(), i.tolist())]
-        yield streams.as_seen(x, d, i, domains, args.severity, args.seed), names, y
+    for x, y, d, i in stream.seen(stream.batches(args.batch_size), args.severity, args.seed):
+        yield x, [f"{domains[k].name}/{n}" for k, n in zip(d.tolist(), i.tolist())], y
 
 
 def show(names: list[str], logits: Tensor, classes: list[str]) -> None:
@@ -168,17 +164,16 @@ def show(names: list[str], logits: Tensor, classes: list[str]) -> None:
     sys.stdout.flush()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> common.Parser:
     p = cema.build_parser()
     a = with_wire(p, "tools/edge.py", __doc__)
-    a("--connect", default="127.0.0.1:5555", metavar="HOST:PORT", help="where the cloud listens")
-    a("--name", default=socket.gethostname()[:60], help="of its twin; two edges, two names")
-    a("--watch", metavar="DIR", help="a folder that is being filled, in place of --stream")
-    a("--once", action=argparse.BooleanOptionalAction, default=False, help="of --watch: then end")
-    a("--patience-s", type=number(float, 0), default=5, help="of --watch: for a file to become whole")
-    a("--answer-s", type=number(float, 0.1), default=60, help="the cloud hangs if it takes longer")
-    a("--in-step", action=argparse.BooleanOptionalAction, default=False,
-      help="wait for the cloud after each batch: the very predictions of cema.py's one process")
+    a("--connect", "127.0.0.1:5555", "where the cloud listens", metavar="HOST:PORT")
+    a("--name", socket.gethostname()[:60], "of its twin; two edges, two names")
+    a("--watch", None, "a folder that is being filled, in place of --stream", metavar="DIR")
+    a("--once", False, "of --watch: then end")
+    a("--patience-s", 5.0, "of --watch: for a file to become whole")
+    a("--answer-s", 60.0, "the cloud hangs if it takes longer", lo=0.1)
+    a("--in-step", False, "wait for the cloud after each batch: the very predictions of cema.py")
     return p
 
 
@@ -187,15 +182,14 @@ def main(args: argparse.Namespace) -> None:
     address = address_of(args.connect, "--connect")
     hello(args.name, torch.nn.Identity())  # a wrong name before anything else
     args.amp = False
-    if args.watch and not Path(args.watch).is_dir():
-        raise InputError(f"--watch {args.watch}: no such folder")
+    need(not args.watch or Path(args.watch).is_dir(), f"--watch {args.watch}: no such folder")
     with contextlib.redirect_stdout(sys.stderr):  # what cema.py's parts print is no prediction
         data, domains, keep = streams.load_domains(args)
-    if len(domains) > 1 and args.order in ("reset", "label-shift") and not args.watch:
-        raise InputError(f"--order {args.order}: of {len(domains)} corruptions, and an edge begins anew "
-                         "for none; name one by --corruptions, or --order lifelong")
-    with contextlib.redirect_stdout(sys.stderr):
-        net, = cema.networks(args, data, keep, device, ("--arch",))
+        resets = len(domains) > 1 and args.order in ("reset", "label-shift") and not args.watch
+        need(not resets, f"--order {args.order}: of {len(domains)} corruptions, and an edge begins anew "
+             "for none; name one by --corruptions, or --order lifelong")
+        (net, own), = streams.networks(args, data, device, ("--arch",))
+    net = cema.FromBytes(net, own.mean, own.std, keep)
     classes = [data.classes[c] for c in keep] if keep else data.classes
     if args.watch:
         parts = (Path(args.watch), data.size, args.batch_size, args.patience_s, args.once)
@@ -204,18 +198,19 @@ def main(args: argparse.Namespace) -> None:
         batches = streamed(args, domains)
     counts, right, log = Counter(), 0, None
     if args.out:
-        log = common.RunLog(common.check_out(Path(args.out), args))
-        log.start(args, device)
+        log = common.RunLog(common.new_folder(args, ""), args, device)
     edge = cema.Edge(net, args, len(classes), counts)
-    carrier = Carrier(address, key, hello(args.name, net), args.answer_s)
+    inbox, carrier = wire.Inbox(edge), Carrier(address, key, hello(args.name, net), args.answer_s)
     carrier.start()
     t0, whole = time.perf_counter(), bool(args.watch)  # a stream of files has no end
     try:
         for x, names, y in batches:
-            logits, upload, n = edge.step(x.to(device), carrier.received())
-            carrier.send(len(x), upload)
-            counts["uploads"] += n
-            right += (logits.argmax(1) == y).sum().item() if y is not None else 0
+            logits, upload = edge.step(x.to(device), inbox.read(carrier.received()))
+            carrier.send(wire.pack_upload(upload, len(x)))
+            if upload:
+                counts["uploads"] += len(upload.images)
+            if y is not None:
+                right += (logits.argmax(1) == y).sum().item()
             show(names, logits, classes)
             if args.in_step:
                 carrier.settle(args.answer_s)
@@ -223,10 +218,10 @@ def main(args: argparse.Namespace) -> None:
     finally:
         n, s, sent = max(1, counts["edge_forwards"]), time.perf_counter() - t0, carrier.counts
         end = {} if args.watch else {"acc_cema_pct": 100 * right / n}
-        end |= dict(uploads_pct=100 * counts["uploads"] / n, img_per_s=n / s, version=edge.version,
+        end |= dict(uploads_pct=100 * counts["uploads"] / n, img_per_s=n / s, version=inbox.version,
                     trip_ms=1000 * sent["trip_s"] / max(1, sent["answered"]), dropped=sent["dropped"],
                     bytes_up=sent["bytes_up"], bytes_down=sent["bytes_down"],
-                    refused_messages=counts["refused_messages"])
+                    refused_messages=inbox.refused)
         if log and whole:
             log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
         say(f"{counts['edge_forwards']} images | " + " | ".join(f"{k} {v:.6g}" for k, v in end.items()))

@@ -1,14 +1,15 @@
-"""Figures of results, from logs alone. The script that wrote the logs decides what is drawn.
+"""Draws figures from logs. The script that wrote the logs decides what is drawn.
 
     python tools/plot.py DIR [DIR ...] --out FILE.png
 
-    gdfq.py     accuracy against iterations and minutes (--eval-every), and the gap in each BN layer
-    cema.py     one folder: accuracy of each method in each pass of --loop; several: against uploads
-    tdmr.py     accuracy of each method against its seconds, F's pass among them; with folders
-                of several --shots: against those
+    gdfq.py    accuracy against iterations and against minutes, of runs with --eval-every
+    cema.py    one folder: accuracy of each method in each pass of --loop
+               several folders: accuracy of CEMA against the share of uploaded images
+    tdmr.py    folders of one --shots: accuracy of each method against the seconds that it takes
+               folders of several --shots: accuracy against the number of labelled images per class
 
-A folder holds finished runs of one command, one log a seed. Bars are one sample standard deviation.
-Needs matplotlib.
+All runs in a folder are of one command. For each random seed the newest finished run is drawn. A bar
+is one sample standard deviation. The program needs matplotlib.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+from common import need  # noqa: E402
 from tools.table import read_runs  # noqa: E402
 
 LABELS = {"bn": "BN adapt", "tent": "Tent", "eta": "ETA", "cema": "CEMA", "kd": "KD", "fitnet": "FitNet",
@@ -41,12 +43,12 @@ def curve(ax, x: list[float], y: list[list[float]], **look) -> None:
     ax.errorbar(x, [statistics.mean(values) for values in y], std, marker="o", capsize=3, **look)
 
 
-# ===== One figure a script =============================================================================
+# ===== One figure a script ============================================================================
 
 
 def draw_gdfq(plt, runs: dict[Path, list]):
-    """Accuracy against iterations and minutes, and BN gaps: a colour a folder, a line a seed."""
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    """Accuracy against iterations and minutes: a colour per folder, a line per seed."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     fig.get_layout_engine().set(wspace=0.05)
     for k, (folder, logs) in enumerate(runs.items()):
         for log in logs:
@@ -55,11 +57,8 @@ def draw_gdfq(plt, runs: dict[Path, list]):
             look = dict(marker="o", ms=4, color=f"C{k}", alpha=0.8)
             axes[0].plot([r["iteration"] for r in evals], acc, **look)
             axes[1].plot([r["wall_s"] / 60 for r in evals], acc, **look)
-            for style, r in zip((":", "-"), [r for r in log if r["event"] == "bn_gap"]):
-                axes[2].plot(range(1, len(r["gap"]) + 1), r["gap"], style, color=f"C{k}")
-        seeds = f"{len(logs)} seed" + "s" * (len(logs) > 1)
-        axes[0].plot([], [], marker="o", ms=4, color=f"C{k}", label=f"{folder.name}, {seeds}")
-    for ax in axes[:2]:
+        axes[0].plot([], [], marker="o", ms=4, color=f"C{k}", label=f"{folder.name}, seeds: {len(logs)}")
+    for ax in axes:
         for fp in {log[-1]["acc_fp_pct"] for logs in runs.values() for log in logs}:
             ax.axhline(fp, color="grey", ls="--", lw=1)
             ax.text(0.98, fp, f"full precision, {fp:.2f} %", color="grey", ha="right", va="bottom",
@@ -67,9 +66,7 @@ def draw_gdfq(plt, runs: dict[Path, list]):
         ax.margins(y=0.1)
     axes[0].set(xlabel="iterations", ylabel=TOP1)
     axes[1].set(xlabel="minutes", ylabel=TOP1)
-    axes[2].set(xlabel="BatchNorm layer", ylabel="gap to the stored statistics, σ²", yscale="log")
-    axes[2].set_title("dotted: before training; solid: at the end", fontsize=11)
-    fig.legend(loc="outside lower center", ncols=min(3, len(runs)))
+    fig.legend(loc="outside lower center", ncols=2)
     return fig
 
 
@@ -85,8 +82,7 @@ def draw_cema(plt, runs: dict[Path, list]):
 def draw_passes(ax, run: tuple[Path, list]) -> None:
     folder, logs = run
     evals = [[r for r in log if r["event"] == "eval"] for log in logs]
-    if not evals[0]:
-        raise common.InputError(f"{folder}: no eval record in its logs")
+    need(evals[0], f"{folder}: no eval record in its logs")
     n = len({r["domain"] for r in evals[0]})  # a pass visits each domain once
     starts = range(0, len(evals[0]), n)
     for key in accuracies(evals[0][0]):
@@ -100,8 +96,8 @@ def draw_uploads(ax, runs: dict[Path, list]) -> None:
     points = {}
     for folder, logs in runs.items():
         ends = [log[-1] for log in logs]
-        if not all({"uploads_pct", "acc_cema_pct"} <= end.keys() for end in ends):
-            raise common.InputError(f"{folder}: no uploads in its logs (--methods without cema)")
+        uploaded = all({"uploads_pct", "acc_cema_pct"} <= end.keys() for end in ends)
+        need(uploaded, f"{folder}: no uploads in its logs (--methods without cema)")
         uploads = statistics.mean(end["uploads_pct"] for end in ends)
         line = points.setdefault(logs[0][0]["args"]["select"], [])
         line.append((uploads, [end["acc_cema_pct"] for end in ends]))
@@ -113,13 +109,15 @@ def draw_uploads(ax, runs: dict[Path, list]) -> None:
 
 def draw_tdmr(plt, runs: dict[Path, list]):
     fig, ax = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
-    one = len({logs[0][0]["args"]["shots"] for logs in runs.values()}) == 1
-    (draw_seconds if one else draw_shots)(ax, runs)
+    if len({logs[0][0]["args"]["shots"] for logs in runs.values()}) == 1:
+        draw_seconds(ax, runs)
+    else:
+        draw_shots(ax, runs)
     return fig
 
 
 def draw_seconds(ax, runs: dict[Path, list]) -> None:
-    """A line for each method, a point for each folder: its seconds in step 1 (F's pass, fit) and 2."""
+    """A line for each method, a point for each folder. Seconds are those of step 1 and step 2."""
     points = {}
     for logs in runs.values():
         evals = [r for log in logs for r in log if r["event"] == "eval" and "step2_s" in r]
@@ -130,7 +128,7 @@ def draw_seconds(ax, runs: dict[Path, list]) -> None:
     for method, line in points.items():
         x, y = zip(*sorted(line))
         curve(ax, x, y, label=label(method.replace("-", "_")))
-    ax.set(xlabel="seconds a seed", ylabel=TOP1, xlim=(0, None))
+    ax.set(xlabel="seconds per seed", ylabel=TOP1, xlim=(0, None))
 
 
 def draw_shots(ax, runs: dict[Path, list]) -> None:
@@ -138,43 +136,38 @@ def draw_shots(ax, runs: dict[Path, list]) -> None:
     points = {}
     for folder, logs in runs.items():
         shots = logs[0][0]["args"]["shots"]
-        if shots in points:
-            raise common.InputError(f"{folder}: a second folder with --shots {shots}; draw them apart")
+        need(shots not in points, f"{folder}: a second folder with --shots {shots}; draw them apart")
         points[shots] = [log[-1] for log in logs]
     shots = sorted(points)
     ends = [end for s in shots for end in points[s]]
     for key in accuracies(ends[0]):
         if all(end.get(key) is not None for end in ends):
-            teacher = key in ("acc_probe_pct", "acc_proxy_pct")
-            y = [[end[key] for end in points[s]] for s in shots]
-            curve(ax, shots, y, ls="--" if teacher else "-", label=label(key) + " (teacher)" * teacher)
-    ax.set(xlabel="labelled images a class", ylabel=TOP1, xscale="log")
+            look = dict(ls="-", label=label(key))
+            if key in ("acc_probe_pct", "acc_proxy_pct"):
+                look = dict(ls="--", label=f"{label(key)} (teacher)")
+            curve(ax, shots, [[end[key] for end in points[s]] for s in shots], **look)
+    ax.set(xlabel="labelled images per class", ylabel=TOP1, xscale="log")
     ax.set_xticks(shots, [str(s) for s in shots])
     ax.minorticks_off()
 
 
-# ===== Run =============================================================================================
+# ===== Run ============================================================================================
 
 DRAW = {"gdfq.py": draw_gdfq, "cema.py": draw_cema, "tdmr.py": draw_tdmr}
 
 
 def main(args: argparse.Namespace) -> None:
     runs = {folder: read_runs(folder) for folder in args.folders}
-    scripts = {logs[0][0]["argv"].split()[1]: folder for folder, logs in runs.items()}
-    if len(scripts) > 1:
-        raise common.InputError(f"logs of {' and '.join(scripts)}: give the folders of one script")
-    script, = scripts
-    if script not in DRAW:
-        raise common.InputError(f"{args.folders[0]}: logs of {script}; drawn are {', '.join(DRAW)}")
+    script, *others = sorted({logs[0][0]["argv"].split()[1] for logs in runs.values()})
+    need(not others, f"logs of {script} and {' and '.join(others)}: give the folders of one script")
+    need(script in DRAW, f"{args.folders[0]}: logs of {script}; drawn are {', '.join(DRAW)}")
     file = args.out or Path(f"{args.folders[0]}.png")
-    if file.suffix not in (".png", ".pdf", ".svg"):
-        raise common.InputError(f"--out {file}: expected a name that ends in .png, .pdf or .svg")
-    try:
+    good = file.suffix in (".png", ".pdf", ".svg")
+    need(good, f"--out {file}: expected a name that ends in .png, .pdf or .svg")
+    with common.door("figures need matplotlib: pip install matplotlib"):
         import matplotlib
-    except ImportError:
-        raise common.InputError("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # no window
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")  # no window
+        import matplotlib.pyplot as plt
     plt.rcParams["font.size"] = 11
     fig = DRAW[script](plt, runs)
     for ax in fig.axes:
@@ -186,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = common.Parser(prog="tools/plot.py", description=__doc__)
+    p = common.Parser("tools/plot.py", __doc__)
     p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder of finished runs")
     p.add_argument("--out", type=Path, metavar="FILE", help="the picture; default: <first folder>.png")
     return p.parse_args(argv)

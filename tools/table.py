@@ -1,4 +1,4 @@
-"""Tables of results, from logs alone: a row a folder, mean +- sample std over its logs, one log a seed.
+"""Makes tables from logs. A row is a folder: mean +- sample standard deviation over its random seeds.
 
     python tools/table.py                    # rewrites the tables in README.md and results/*.md
     python tools/table.py runs/a runs/b      # prints a table of any folders with finished runs
@@ -8,19 +8,23 @@ In a page a table stands between two comments, each on a line of its own:
     <!-- table gdfq/main fashion_w4a4 -->     a folder below results/, and rows of it; none: all, sorted
     <!-- end -->
 
-Accuracies are those of the `end` records, the last state. The command is what makes the row today.
+For each seed the newest finished run counts. Its accuracies are those of the last state. The command of
+a row makes it today. Where it no longer runs, the row names the commit at which it did.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
+from common import need  # noqa: E402
 
 # Figures of `end` records that stand beside the accuracies.
 COST_COLUMNS = {
@@ -37,19 +41,20 @@ MOVED = {
     r"^python (common\.py pretrain|pretrain\.py)\b": "python tools/pretrain.py",
     r"^python (gdfq-cost|cost)\.py\b": "python tools/cost.py",
 }
-REMOVED = re.compile(r"cema\.py.* --(bn[ =]edge|edges|pull-to-source|recover-below)\b|tdmr.* --proxy\b")
+# These flags differ between the runs of a row, or say nothing about what was run.
+UNTOLD = ("--seed", "--seeds", "--out", "--resume", "--data-dir")
 
 
-# ===== Logs ============================================================================================
+# ===== Logs ===========================================================================================
 
 
 def read_log(file: Path) -> list[dict]:
-    """The records of a log. A half last line, as a killed run leaves it, is skipped.
+    """The records of a log. The half line that a killed run leaves at the end is skipped.
 
     Raises InputError for any other line that is no record.
     """
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -57,62 +62,85 @@ def read_log(file: Path) -> list[dict]:
             if number == len(lines):
                 break
             record = None
-        if not isinstance(record, dict) or "event" not in record:
-            raise common.InputError(f"{file}: line {number} is no record of a run")
+        good = isinstance(record, dict) and "event" in record
+        need(good, f"{file}: line {number} is no record of a run")
         records.append(record)
     return records
 
 
 def read_runs(folder: Path) -> list[list[dict]]:
-    """The records of each log below a folder.
+    """Of each seed the newest finished run below a folder: its records, from `start` to `end`.
 
-    Raises InputError unless they are finished runs of one command, each of another seed.
+    Raises InputError if there is none, or if the runs are of different commands.
     """
-    files = sorted(folder.rglob("*.jsonl"))
-    if not files:
-        raise common.InputError(f"{folder}: no .jsonl log in it")
-    runs = [read_log(file) for file in files]
-    for file, run in zip(files, runs):
-        if not run or run[0]["event"] != "start" or run[-1]["event"] != "end":
-            raise common.InputError(f"{file}: not the log of a finished run")
-    texts = (command(run[0]) for run in runs)
-    commands = list({tuple(sorted(text.split(" --"))): text for text in texts}.values())  # in any order
-    if len(commands) > 1:  # a mean over different runs would look like one over seeds
-        raise common.InputError(f"{folder}: runs of different commands, {commands[0]} and {commands[1]}")
-    seeds = [run[0]["args"]["seed"] for run in runs if "seed" in run[0].get("args", {})]
-    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
-        raise common.InputError(f"{folder}: two runs of seed {twice[0]}, which would count twice")
+    newest = {}
+    for file in sorted(folder.rglob("*.jsonl")):
+        run = read_log(file)
+        if run and {"argv", "args", "time"} <= run[0].keys() and run[-1]["event"] == "end":
+            seed = run[0]["args"].get("seed", file)
+            other = newest.setdefault(seed, run)
+            if run[0]["time"] >= other[0]["time"]:
+                newest[seed] = run
+    runs = list(newest.values())
+    need(runs, f"{folder}: no .jsonl log of a finished run in it")
+    # A mean over different runs would look like one over seeds.
+    commands = {str(sorted(flags_of(run[0]))): run[0]["argv"] for run in runs}
+    need(len(commands) == 1, f"{folder}: runs of different commands: {'; '.join(commands.values())}")
     return runs
 
 
+def flags_of(start: dict) -> list[list[str]]:
+    """The command of a run by its `start` record: the program, then each flag with its values."""
+    flags = [[]]
+    with common.door(f"{start['argv']}: not a command"):
+        words = shlex.split(start["argv"])
+    for word in words:
+        if word.startswith("--"):
+            flags.append([])
+        flags[-1].append(word)
+    flags = [flag for flag in flags if flag[0].split("=")[0] not in UNTOLD]
+    # For a time --recipe many-classes mixed images without a word in the command. Nothing does today.
+    mixed = ["--fmix", "0.5"]
+    if start["args"].get("fmix") == 0.5 and mixed not in flags:
+        flags.append(mixed)
+    return [flag for flag in flags if flag != ["--fmix", "0"]]
+
+
 def command(start: dict) -> str:
-    """What makes this run today but for its seed, from its `start` record; if a flag is gone, with
-    ` at commit ...`.
-    """
-    text = re.sub(r" --(seed|out|resume|data-dir)(?=[ =]|$)([ =][^-\s]\S*)?", "", start["argv"])
-    text = re.sub(r" --seeds( \d+)+", "", text)
-    if REMOVED.search(text):
-        return f"{text} at commit {start['commit']}"
+    """What makes this run today, but for its seed; or what made it, with ` at commit ...`."""
+    then = shlex.join(word for flag in flags_of(start) for word in flag)
+    today = then
     for old, new in MOVED.items():
-        text = re.sub(old, new, text)
-    args = start.get("args")
-    if not (text.startswith("python gdfq.py") and args) or "--recipe paper" in text:
-        return text
-    # What a run had without saying so: before there was --rounding, and while many-classes mixed images.
-    text += " --rounding nearest" * ("rounding" not in args)
-    text += " --fmix 0.5" * (args.get("fmix") == 0.5 and "--fmix" not in text)
-    return f"{text} ".replace(" --fmix 0 ", " ").rstrip()  # today's default
+        today = re.sub(old, new, today)
+    is_gdfq = today.startswith("python gdfq.py") and "--recipe paper" not in today
+    if is_gdfq and start["args"] and "rounding" not in start["args"]:
+        today += " --rounding nearest"  # as every run before there was this flag
+    return today if runs_today(today) else f"{then} at commit {start['commit']}"
 
 
-# ===== Tables ==========================================================================================
+def runs_today(text: str) -> bool:
+    """Whether the program of a command is there and takes its flags."""
+    _, program, *argv = shlex.split(text)
+    if not (common.ROOT / program).exists():
+        return False
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    try:
+        module.parse(argv)
+    except common.InputError:
+        return False
+    return True
+
+
+# ===== Tables =========================================================================================
 
 
 def row_command(runs: list[list[dict]]) -> str:
-    """That of its runs, and their seeds where there are several; the programs of today take them."""
+    """The command of its runs, and their seeds where there are several."""
     text = command(runs[0][0])
-    seeds = sorted(run[0].get("args", {}).get("seed", n) for n, run in enumerate(runs))
-    several = len(seeds) > 1 and " at commit " not in text
-    return f"{text} --seeds {' '.join(map(str, seeds))}" if several else text
+    if len(runs) == 1 or " at commit " in text:
+        return text
+    seeds = sorted(run[0]["args"].get("seed", n) for n, run in enumerate(runs))
+    return f"{text} --seeds {' '.join(map(str, seeds))}"
 
 
 def mean_std(values: list[float]) -> str:
@@ -137,7 +165,7 @@ def time_and_place(runs: list[list[dict]]) -> str:
 
 
 def cells(folders: list[Path]) -> list[list[str]]:
-    """The heads, then a line a folder: row, figures that any run has, seeds, time, command."""
+    """The heads, then a line for each folder: row, figures that any run has, seeds, time, command."""
     rows = []
     for folder in folders:
         runs = read_runs(folder)
@@ -146,7 +174,7 @@ def cells(folders: list[Path]) -> list[list[str]]:
             if {"acc_fp_pct", "acc_pct"} <= end.keys():
                 end["drop_pct"] = end["acc_fp_pct"] - end["acc_pct"]
         rows.append((folder, runs, ends))
-    # The fullest record comes first, so that the order of columns does not hang on that of the rows.
+    # The fullest record comes first: the order of columns does not depend on the order of rows.
     records = sorted((end for *_, ends in rows for end in ends), key=len, reverse=True)
     keys = dict.fromkeys(k for end in records for k in end)
     keys = [k for k in keys if k.startswith("acc_")] + [k for k in keys if k in COST_COLUMNS]
@@ -173,7 +201,7 @@ def table(folders: list[Path], page: Path) -> str:
 
 
 def plain_table(folders: list[Path]) -> str:
-    """For a terminal: a line a folder or, if narrower, a column a folder. Commands stand below."""
+    """For a terminal: a folder is a line or, if that is narrower, a column. Commands stand below."""
     heads, *lines = cells(folders)
     parent = os.path.commonpath([folder.resolve().parent for folder in folders])
     for folder, line in zip(folders, lines):
@@ -197,19 +225,18 @@ def with_tables(text: str, page: Path) -> str:
         folder = common.ROOT / "results" / name
         every = sorted({file.parent for file in folder.glob("*/*.jsonl")})
         folders = [folder / row for row in rows] or every
-        if not folders:
-            raise common.InputError(f"{page}: table {name}: no logs in {folder}/*/")
+        need(folders, f"{page}: table {name}: no logs in {folder}/*/")
         return f"<!-- table {match[1]} -->\n{table(folders, page)}\n<!-- end -->"
 
     # A table ends before the next one begins, so that a lost `end` swallows nothing.
     block = r"^<!-- table (.+?) -->\n(?:(?!<!-- table ).*\n)*?<!-- end -->$"
     text, found = re.subn(block, rewrite, text, flags=re.M)
-    if found < len(re.findall("^<!-- table ", text, flags=re.M)):
-        raise common.InputError(f"{page}: a table without its line <!-- end -->")
+    begun = len(re.findall("^<!-- table ", text, flags=re.M))
+    need(found == begun, f"{page}: a table without its line <!-- end -->")
     return text
 
 
-# ===== Run =============================================================================================
+# ===== Run ============================================================================================
 
 
 def main(args: argparse.Namespace) -> None:
@@ -225,7 +252,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = common.Parser(prog="tools/table.py", description=__doc__)
+    p = common.Parser("tools/table.py", __doc__)
     p.add_argument("folders", nargs="*", type=Path, metavar="DIR",
                    help="print a row for each; none: rewrite the pages")
     return p.parse_args(argv)
