@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 YES_NO = argparse.BooleanOptionalAction  # --amp and --no-amp
-
 # On Linux torch then keeps large tensors in large pages: 1.8 times as fast at 224 px on a CPU core.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -57,8 +56,8 @@ def need(condition, message: str) -> None:
 
 def reason(e: Exception) -> str:
     """What an exception says, in one line."""
-    kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
-    return kind + " ".join(str(e).split())[:400]
+    line = " ".join(str(e).split())[:400]
+    return line if isinstance(e, InputError) else f"{type(e).__name__}: {line}"
 
 
 @contextmanager
@@ -72,7 +71,6 @@ def door(what: str):
 
 # ===== 1. Entropy and BatchNorm =======================================================================
 
-
 def entropy(logits: Tensor) -> Tensor:
     """H(x) = -sum_c p_c ln p_c, p = softmax(logits).  (B, C) -> (B,), nats, in [0, ln C]."""
     log_p = log_softmax(logits)
@@ -85,11 +83,9 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 class BatchMoments(torch.autograd.Function):
-    """Mean and biased variance of x over all but the channel axis.  (B, C, ...) -> (C,), (C,), fp32.
-
-    d mu/dx = 1/n and d var/dx = 2 (x - mu) / n: backward is one multiply-add. Forward is F.batch_norm,
-    whose momentum of 1 leaves this batch's statistics; in bf16 an eighth of torch.var_mean's CPU time.
-    """
+    """Mean and biased variance of x over all but the channel axis.  (B, C, ...) -> (C,), (C,), fp32."""
+    # d mu/dx = 1/n and d var/dx = 2 (x - mu) / n: backward is one multiply-add. Forward is F.batch_norm,
+    # whose momentum of 1 leaves this batch's statistics; in bf16 an eighth of torch.var_mean's CPU time.
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, var = x.new_zeros(2, x.shape[1], dtype=torch.float32)
@@ -108,9 +104,6 @@ class BatchMoments(torch.autograd.Function):
         return torch.addcmul(b.to(x.dtype).view(shape), a.to(x.dtype).view(shape), x)
 
 
-PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
 class AdaptiveBN(nn.Module):
     """A BatchNorm that can follow a test stream. Weight and bias are the original layer's.
 
@@ -118,6 +111,8 @@ class AdaptiveBN(nn.Module):
          "batch"    with those of the batch at hand
          "ema"      with a running mean over the stream, which moves while `training` is set
     """
+    PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
     def __init__(self, bn: _BatchNorm, mode: str, momentum: float):
         super().__init__()
         self.weight, self.bias, self.eps = bn.weight, bn.bias, bn.eps
@@ -125,7 +120,7 @@ class AdaptiveBN(nn.Module):
         self.share = 0.0  # see `average_in`
         self.register_buffer("running_mean", bn.running_mean.clone())
         self.register_buffer("running_var", bn.running_var.clone())
-        self.rest = None if type(bn) in PLAIN else neutral(bn)
+        self.rest = None if type(bn) in self.PLAIN else neutral(bn)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalise(x) if self.rest is None else self.rest(self.normalise(x))
@@ -167,7 +162,7 @@ def neutral(bn: _BatchNorm) -> nn.Module:
 
 
 def average_in(model: nn.Module, share: float) -> None:
-    """From now on a forward first averages its batch, at this weight, into the statistics; 0: no more."""
+    """From now on a forward first averages its batch into the statistics, at this weight; 0 ends it."""
     for m in model.modules():
         if isinstance(m, AdaptiveBN):
             m.share = share
@@ -198,8 +193,7 @@ def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",), momentum: f
     affine = [p for m in model.modules() if isinstance(m, learn) for p in (m.weight, m.bias)]
     affine = [p.requires_grad_(True) for p in affine if p is not None]
     has = [kind for kind, t in types.items() if any(isinstance(m, t) for m in model.modules())]
-    need(affine, f"no norm layers of the kinds {' '.join(kinds)}, so nothing can adapt; it has: "
-         f"{' '.join(has) or 'none'} (--affine)")
+    need(affine, f"nothing can adapt: no norm layers of --affine {' '.join(kinds)}, only {has}")
     layers = [m for m in model.modules() if isinstance(m, AdaptiveBN) and m.mode == "ema"]
     return model.eval(), affine, [m.running_mean for m in layers] + [m.running_var for m in layers]
 
@@ -211,7 +205,6 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 # ===== 1. Fake quantization ===========================================================================
-#
 # Uniform affine quantization in which zero is exact. With k bits and a range [a, b] that holds 0:
 #
 #     s = (b - a) / (2^k - 1)        step, per tensor or per output channel
@@ -223,16 +216,13 @@ def copy_of(model: nn.Module) -> nn.Module:
 def step_and_zero(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(s, z) of the range [lo, hi], of any shape, widened to hold 0, so that padding stays 0."""
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    s = (hi - lo) / (2**bits - 1)
-    s = s.clamp_min(torch.finfo(lo.dtype).tiny * 2**20)  # an all-zero channel has s > 0, too
+    least = torch.finfo(lo.dtype).tiny * 2**20  # an all-zero channel has s > 0, too
+    s = ((hi - lo) / (2**bits - 1)).clamp_min(least)
     return s, torch.round(lo / s)
 
 
 class FakeQuant(torch.autograd.Function):
-    """x -> x_hat with the straight-through gradient: 1 where x is inside the range, 0 where clamped.
-
-    It keeps one tensor for backward, a chain of differentiable ops keeps four.
-    """
+    """x -> x_hat with the straight-through gradient: 1 where x is inside the range, 0 where clamped."""
     @staticmethod
     def forward(ctx, x: Tensor, s: Tensor, z: Tensor, bits: int) -> Tensor:
         code = torch.round(x / s) - z
@@ -254,10 +244,8 @@ def fake_quant(x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
 
 
 class EMA:
-    """Debiased moving average:  m_t = rho m_{t-1} + (1 - rho) x_t,   value = m_t / (1 - rho^t).
-
-    Published GDFQ code feeds the value back into m: up to 3,900 times too wide a range near step 20.
-    """
+    """Debiased moving average:  m_t = rho m_{t-1} + (1 - rho) x_t,   value = m_t / (1 - rho^t)."""
+    # Published GDFQ code feeds the value back into m: up to 3,900 times too wide a range near step 20.
     def __init__(self, momentum: float):
         self.momentum, self.m, self.weight = momentum, 0.0, 0.0
 
@@ -292,10 +280,9 @@ class WeightQuantizer(nn.Module):
 
 
 def flips(error: Tensor, code: Tensor, last: int) -> Tensor:
-    """-1, 0 or 1 for each code in 0..last, whose rounding errors are given (..., n), in steps. Added to
-    the codes they bring the sum of a row's errors to within half a step of 0. The codes nearest to their
-    other neighbour move. After SQuant (Guo et al. 2022), simplified.
-    """
+    """-1, 0 or 1 for each code in 0..last, whose rounding errors are given (..., n), in steps."""
+    # Added to the codes they bring the sum of a row's errors to within half a step of 0. The codes move
+    # that are nearest to their other neighbour. After SQuant (Guo et al. 2022), simplified.
     # What a layer reads has a mean other than 0: errors that add up shift its output, in each image by
     # another value, which no bias mends.
     # ABLATE: with it 58.05 at W3A3 on CIFAR-100, 66.24 at W4A4; without (--rounding nearest) 56.79 and
@@ -311,7 +298,7 @@ def flips(error: Tensor, code: Tensor, last: int) -> Tensor:
 
 def usual_percentile(abits: int) -> float:
     """99.98 up to 5 bits; all values above: a fine step costs less than what clipping cuts off."""
-    # Error of the logits on train images of Fashion-MNIST, calibrated on noise. 4 bits: with clipping
+    # Error of the logits on Fashion-MNIST's train images, with ranges from noise. 4 bits: with clipping
     # 20.9 %, without 26.5 %. 6 bits: 18.4 %, without 4.7 %. 8 bits: 18.1 %, without 3.6 %.
     return 99.98 if abits <= 5 else 100.0
 
@@ -363,7 +350,6 @@ def observing(q: nn.Module):
 
 # ===== 1. Data ========================================================================================
 
-
 class Data(NamedTuple):
     """A classification set. A split: a TensorDataset of uint8 (N, 3, S, S), an ImageFolder, or None."""
     name: str
@@ -381,6 +367,7 @@ NORMS = {
     "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     "imagenet": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
 }
+IMAGE_FILES = torchvision.datasets.folder.IMG_EXTENSIONS
 IN_TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion-mnist": "FashionMNIST"}
 
 
@@ -403,7 +390,12 @@ def load_data(dataset: str, data_dir: str = "data", size: int | None = None) -> 
     elif dataset in ("cifar10", "cifar100") and npz.is_file():
         data = from_npz(npz, dataset)
     elif dataset in IN_TORCHVISION:
-        data = from_torchvision(dataset, data_dir)
+        with door(f"--dataset {dataset}: not in {data_dir}, and the download failed; put it there, or "
+                  f"{npz} with MedMNIST keys"):
+            make = getattr(torchvision.datasets, IN_TORCHVISION[dataset])
+            sets = [make(data_dir, train=train, download=True) for train in (True, False)]
+        splits = [(np.asarray(s.data), np.asarray(s.targets)) for s in sets]
+        data = in_memory(dataset.removesuffix("-mnist"), list(sets[0].classes), *splits)
     elif dataset == "imagenet":
         data = from_folder(Path(data_dir), dataset, size or 224)
     elif path.is_dir():
@@ -424,25 +416,16 @@ def check_labels(data: Data) -> Data:
     need(seen[-1] < C, f"{data.name}: label {seen[-1]} of {C} classes; expected 0 to {C - 1}")
     empty = [data.classes[c] for c in sorted({*range(C)} - {*seen})]
     if empty:
-        some = ' '.join(map(str, empty[:3]))
-        warnings.warn(f"{data.name}: no image of {len(empty)} of its {C} classes: {some}; labels count from 0")
+        warnings.warn(f"{data.name}: no image of {len(empty)} of its {C} classes, as {empty[0]}; labels "
+                      "count from 0")
     return data
 
 
 def from_npz(path: Path, name: str) -> Data:
     with door(f"{path}: not a readable .npz file with the MedMNIST keys"), np.load(path) as npz:
         splits = [(npz[f"{s}_images"], npz[f"{s}_labels"]) for s in ("train", "test")]
-        classes = npz["classes"] if "classes" in npz else np.array(0)
-    return in_memory(name, classes.astype(str).tolist() if classes.ndim else None, *splits)
-
-
-def from_torchvision(dataset: str, data_dir: str) -> Data:
-    with door(f"--dataset {dataset}: not in {data_dir}, and the download failed; put it there, or "
-              f"{data_dir}/{dataset}.npz with MedMNIST keys"):
-        make = getattr(torchvision.datasets, IN_TORCHVISION[dataset])
-        raw = [make(data_dir, train=train, download=True) for train in (True, False)]
-    splits = [(np.asarray(r.data), np.asarray(r.targets)) for r in raw]
-    return in_memory(dataset.removesuffix("-mnist"), list(raw[0].classes), *splits)
+        classes = [str(c) for c in npz["classes"]] if "classes" in npz else None
+    return in_memory(name, classes, *splits)
 
 
 def in_memory(name: str, classes: list[str] | None, *splits: tuple[np.ndarray, np.ndarray]) -> Data:
@@ -450,11 +433,10 @@ def in_memory(name: str, classes: list[str] | None, *splits: tuple[np.ndarray, n
     made = []
     for a, y in splits:
         square = a.ndim in (3, 4) and a.shape[1] == a.shape[2] and a.shape[3:] in ((), (1,), (3,))
-        need(a.dtype == np.uint8 and square, f"{name}: images are {a.dtype} {a.shape}; expected uint8 "
-             "(N, S, S[, 3])")
-        whole = y.dtype.kind in "iu" and y.size == len(y) == len(a) > 0
-        need(whole and y.astype(np.int64).min() >= 0, f"{name}: labels are {y.dtype} {y.shape} for "
-             f"{len(a)} images; expected one integer an image: 0, 1, 2, ...")
+        good = a.dtype == np.uint8 and square
+        need(good, f"{name}: images are {a.dtype} {a.shape}; expected uint8 (N, S, S[, 3])")
+        good = y.dtype.kind in "iu" and y.size == len(y) == len(a) > 0 and y.astype(np.int64).min() >= 0
+        need(good, f"{name}: labels are {y.dtype} {y.shape}; expected 0, 1, 2, ..., one per image")
         x = torch.from_numpy(a.reshape(*a.shape[:3], -1)).permute(0, 3, 1, 2)
         side = max(32, math.ceil(x.shape[-1] / 4) * 4)
         lo = (side - x.shape[-1]) // 2
@@ -462,22 +444,18 @@ def in_memory(name: str, classes: list[str] | None, *splits: tuple[np.ndarray, n
         made.append(TensorDataset(x, torch.from_numpy(y.reshape(-1).astype(np.int64))))
     images, side = made[0].tensors[0], made[0].tensors[0].shape[-1]
     side_test, last = made[1].tensors[0].shape[-1], max(int(labels_of(split).max()) for split in made)
-    need(side == side_test, f"{name}: train images of {side} px and test images of {side_test} px; "
-         "expected one size")
+    need(side == side_test, f"{name}: train images have {side} px, test images {side_test}")
     # A class name for each number up to a wild label would take all memory.
-    need(classes or last <= len(images), f"{name}: label {last} for {len(images)} train images; labels "
-         "count from 0")
-    sample = images[:5000].double() / 255  # an unknown set is normalised by its own statistics
-    own = sample.mean((0, 2, 3)).tolist(), sample.std((0, 2, 3)).clamp_min(1e-3).tolist()
-    classes = classes or [str(c) for c in range(last + 1)]
-    return Data(name, classes, side, *NORMS.get(name, own), *made)
+    need(classes or last <= len(images), f"{name}: label {last}; labels count from 0")
+    std, mean = torch.std_mean(images[:5000].double() / 255, (0, 2, 3))  # of an unknown set
+    own = mean.tolist(), std.clamp_min(1e-3).tolist()
+    names = classes or [str(c) for c in range(last + 1)]
+    return Data(name, names, side, *NORMS.get(name, own), *made)
 
 
 class ImageFolder(torchvision.datasets.ImageFolder):
-    """root/<class>/**/<image> -> (uint8 (3, size, size), the class's number), classes sorted by name.
-
-    Unlike torchvision's it passes over what a Mac or a notebook leaves, and over links that lead back.
-    """
+    """root/<class>/**/<image> -> (uint8 (3, size, size), the class's number), classes sorted by name."""
+    # What a Mac or a notebook leaves is passed over, and so are links that lead back.
     HIDDEN = (".", "__MACOSX", "@eaDir")  # beginnings: .cache, .ipynb_checkpoints
 
     def __init__(self, root: Path, size: int | None = None, resize: bool = True):
@@ -512,9 +490,6 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         size = 32 if median <= 48 else 64 if median <= 96 else 224
         print(f"{self.root}: sides of {median} px in the median; read at {size} px (--size)", flush=True)
         return size
-
-
-IMAGE_FILES = torchvision.datasets.folder.IMG_EXTENSIONS
 
 
 def read_image(file: str | Path):
@@ -556,9 +531,7 @@ def labels_of(split) -> Tensor:
 
 def batches(split, batch_size: int, generator: torch.Generator | None = None, augment: bool = False,
             drop_last: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over a split: uint8 images (B, 3, S, S) and int64 labels (B,), on the CPU. A generator
-    shuffles. `augment` shifts by up to S/8 pixels and flips, each image on its own.
-    """
+    """One pass over a split: uint8 images (B, 3, S, S), labels (B,). A generator shuffles it."""
     if isinstance(split, TensorDataset):
         images, labels = split.tensors
         n = len(labels)
@@ -608,6 +581,7 @@ def to_input(x: Tensor, mean: list[float], std: list[float], device: torch.devic
 
 # ===== 2. Networks ====================================================================================
 
+CIFAR_ARCH = re.compile(r"resnet(8|14|20|32|44|56|110)(?:x([1-9]\d*))?")
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016); a 1x1 projection where the shape changes."""
@@ -649,9 +623,6 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))  # (B, 64 width, H/4, W/4)
         return self.fc(x.mean((2, 3)))  # (B, C)
-
-
-CIFAR_ARCH = re.compile(r"resnet(8|14|20|32|44|56|110)(?:x([1-9]\d*))?")
 
 
 def build_model(arch: str, num_classes: int, weights: str = "", flag: str = "--arch") -> nn.Module:
@@ -701,9 +672,7 @@ def short_name(arch: str) -> str:
 
 @torch.no_grad()
 def check_network(model: nn.Module, example: Tensor, num_classes: int | None = None) -> int:
-    """How many classes a network knows, by one forward of `example` (B, ...). Raises InputError where it
-    does not run, or answers anything but logits (B, num_classes) that are numbers.
-    """
+    """The number of classes, by a forward of `example` (B, ...). InputError: it gives no logits."""
     with door(f"{type(model).__name__} on {example.dtype} {tuple(example.shape)}"):
         try:
             out = model(example)
@@ -747,9 +716,7 @@ def images_of(of) -> dict:
 
 def load_network(file: Path, arch: str | None, num_classes: int | None = None,
                  flag: str = "--arch") -> tuple[nn.Module, dict]:
-    """A network in eval mode from a checkpoint or a bare state_dict, and what the file says of itself.
-    None: as the file says, else 1000 classes. Raises InputError for what does not fit.
-    """
+    """A network in eval mode, and what its file says: a checkpoint or a bare state_dict. InputError."""
     state, about = load_file(file, (), "a checkpoint"), {}
     names = ["state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema"]
     for key in names + [*state][:len(state) == 1]:  # wrapped, by whatever program; alone under any name
@@ -795,8 +762,7 @@ def same_classes(model: nn.Module, names: list, data: Data, file) -> None:
         rank = lambda known: [sorted(known, key=int).index(n) for n in known]
         names, wanted = [rank(known) if are else [*range(len(known))]
                          for known, are in zip((names, wanted), numbered)]
-    need(set(names) == set(wanted), f"{file}: was trained for other classes than those of {data.name}: "
-         f"only one of them knows {' '.join(one[:1])}")
+    need(set(names) == set(wanted), f"{file}: its classes are not those of {data.name}: {one[:1]}")
     order = [names.index(n) for n in wanted]
     x = torch.rand(2, 3, data.size, data.size, device=next(model.parameters()).device)
     before = model(x)
@@ -812,9 +778,8 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None, devic
                  flag: str = "--arch") -> tuple[nn.Module, Data, str]:
     """The full-precision network, the data with the network's normalisation, and a line on its origin.
 
-    In this order: `weights` if given, "none" for a network of yours that has its own;
-    weights/<data>_<arch>.pt; torchvision's DEFAULT for imagenet; for the embedded data a short
-    pretraining on its 5,000 train images, kept as weights/<data>_<arch>.pt.
+    Looked for in this order: `weights`, where "none" means a network's own; weights/<data>_<arch>.pt;
+    torchvision's for imagenet; for the embedded data a short pretraining, which makes that file.
     """
     C, about = len(data.classes), {}
     file = Path(weights or ROOT / "weights" / f"{data.name}_{short_name(arch)}.pt")
@@ -829,9 +794,8 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None, devic
         if missing and dataset == "fashion" and ":" not in arch:
             print(f"weights: none for {arch}; pretraining it on 5,000 images, once", flush=True)
             tool("pretrain").short(arch, data, file, device)
-        need(weights or file.exists(), f"no weights for {arch} on {data.name}: expected {file}, or another "
-             "file named by a flag, or none where the network has its own; make it with: python "
-             f"tools/pretrain.py --arch {arch} --dataset {dataset}")
+        need(weights or file.exists(), f"no weights for {arch} on {data.name}: expected {file}; name "
+             f"another, or make it: python tools/pretrain.py --arch {arch} --dataset {dataset}")
         model, about = load_network(file, arch, C, flag)
         names, origin = about.get("classes", data.classes), os.path.relpath(file, ROOT)
         if not math.isnan(about["acc_pct"]):
@@ -840,13 +804,11 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None, devic
     with door(f"{flag} {arch}"):
         own = images_of(model) | images_of(about)  # a network is fed as it was trained
     size = own.get("size", data.size)
-    need(size == data.size, f"{file}: is for images of {size} px, these have {data.size} px; a folder "
-         f"is read at any: --size {size}")
+    need(size == data.size, f"{file}: for {size} px, not {data.size}; a folder takes --size {size}")
     return model, data._replace(**own), f"{arch}: {origin}"
 
 
 # ===== 3. Flags and errors ============================================================================
-
 
 def number(kind: type, lo: float = -math.inf, hi: float = math.inf, word: str = ""):
     """An argparse type: a finite int or float in [lo, hi], or the word."""
@@ -923,8 +885,7 @@ def add_run_flags(p: Parser, every: int, unit: str) -> None:
 def defaults(build_parser, hp: argparse.Namespace | None = None, **changes) -> argparse.Namespace:
     """hp, or else the flags' defaults, with changes: hyperparameters for those who import a class."""
     hp = vars(hp or build_parser().parse_args([]))
-    # A recipe changes the defaults of a command line, where an explicit flag still wins.
-    unknown = [k for k in changes if k not in hp or k == "recipe"]
+    unknown = [k for k in changes if k not in hp or k == "recipe"]  # which changes a parser's defaults
     if unknown:
         raise TypeError(f"not a flag: {', '.join(unknown)}; a recipe is unpacked, **RECIPES[name]")
     return argparse.Namespace(**hp | changes)
@@ -981,12 +942,10 @@ def each_seed(main):
 
 # ===== 3. Training ====================================================================================
 
-
 def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip: float = 0.0,
             together: bool = False) -> None:
-    """One optimizer step, with the norm of the gradient cut to `clip`; 0 cuts nothing. together: of the
-    mean gradient of all processes. InputError, which names the flag: NaN, before it reaches a weight.
-    """
+    """One optimizer step, the gradient's norm cut to `clip` unless that is 0. InputError: it is NaN."""
+    # together: torchrun's processes step by the mean of their gradients.
     opt.zero_grad(set_to_none=True)
     loss.backward()
     params = [p for group in opt.param_groups for p in group["params"]]
@@ -994,8 +953,8 @@ def descend(opt: torch.optim.Optimizer, loss: Tensor, what: str, flag: str, clip
         average([p.grad for p in params if p.grad is not None])
     norm = nn.utils.clip_grad_norm_(params, clip or math.inf).item()
     advice = f"lower {flag}" if opt.state else "before any step: look at the images and the weights"
-    finite = math.isfinite(loss.item()) and math.isfinite(norm)
-    need(finite, f"{what} is {loss.item()}, its gradient norm {norm}; {advice}")
+    value = loss.item()
+    need(math.isfinite(value + norm), f"{what} is {value}, its gradient norm {norm}; {advice}")
     opt.step()
 
 
@@ -1012,23 +971,20 @@ def one_cycle(opt: torch.optim.Optimizer, lr: float, steps: int, warmup: float):
 def accuracy_pct(model: nn.Module, data: Data, split, device: torch.device) -> float:
     """Top-1 in percent over a whole split, in eval mode and fp32 (no TF32)."""
     torch.backends.cudnn.allow_tf32 = False
-    training, hits = [m for m in model.modules() if m.training], 0
+    training, hits = model.training, 0
     model.eval()
     for x, y in batches(split, 250 if data.size <= 64 else 50):
         logits = model(to_input(x, data.mean, data.std, device))
         hits += (logits.argmax(1).cpu() == y).sum().item()
-    for m in training:
-        m.training = True
+    model.train(training)
     return 100 * hits / len(split)
 
 
 # ===== 3. Folders, logs, checkpoints ==================================================================
 
-
 def new_folder(args: argparse.Namespace, base: str, alone: bool = False) -> Path:
-    """Makes --out, else <base>/seed0, seed0-2, ...: the first that is not there. mkdir makes a folder or
-    fails, so no run meets another's files. alone: torchrun's other processes have folders of their own.
-    """
+    """Makes --out, else <base>/seed0, seed0-2, ...: the first that is not there."""
+    # mkdir makes a folder or fails, so no run meets another's files. alone: each process has its own.
     out = first = Path(args.resume or args.out or f"{base}/seed{args.seed}")
     makes, n = not args.resume and (alone or rank_and_world()[0] == 0), 1
     while makes:
@@ -1038,16 +994,13 @@ def new_folder(args: argparse.Namespace, base: str, alone: bool = False) -> Path
         except OSError as e:
             again = isinstance(e, FileExistsError) and out.is_dir() and not args.out
             need(again, f"{out}: cannot be made ({e.strerror}); name another --out")
-            n += 1
-            out = first.with_name(f"{first.name}-{n}")
+            n, out = n + 1, first.with_name(f"{first.name}-{n + 1}")
     return out if alone else gather(out)[0]
 
 
 class RunLog:
-    """`log.jsonl`: one flat JSON object a line; `event` is start, step, eval or end.
-
-    state: the checkpoint from which a run goes on; what was logged after it goes, as it comes again.
-    """
+    """`log.jsonl`: one JSON object per line, whose `event` is start, step, eval or end."""
+    # state: a checkpoint to go on from. What was logged after it goes, since it comes again.
     folder: Path | None = None  # of the newest log of this process
 
     def __init__(self, out: Path, args: argparse.Namespace, device: torch.device, alone: bool = False,
@@ -1092,7 +1045,7 @@ def progress(first: int, total: int, what: str = "") -> tqdm:
 
 
 def save_atomic(obj: dict, path: Path, save=torch.save) -> None:
-    """Save beside the target, then rename: a reader sees the old file or the new, never half."""
+    """Saves beside the target, then renames: a reader sees the old file or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -1103,7 +1056,7 @@ def save_atomic(obj: dict, path: Path, save=torch.save) -> None:
 
 
 def checkpoint_file(out: Path) -> Path:
-    """checkpoint.pt, or of torchrun's second process checkpoint1.pt: each has its own random numbers."""
+    """checkpoint.pt; of torchrun's second process checkpoint1.pt: each has its own random numbers."""
     return out / f"checkpoint{rank_and_world()[0] or ''}.pt"
 
 
@@ -1134,33 +1087,25 @@ def state_of(x):
     """What a checkpoint needs of x; an object of ours names its attributes in STATE."""
     if hasattr(x, "STATE"):
         return {k: state_of(getattr(x, k)) for k in x.STATE}
-    if isinstance(x, torch.Generator):
-        return x.get_state()
-    return x.state_dict() if hasattr(x, "state_dict") else x
+    get = getattr(x, "state_dict", None) or getattr(x, "get_state", lambda: x)  # of a torch.Generator
+    return get()
 
 
 def restored(x, state):
     """x as it was when `state = state_of(x)`."""
-    if hasattr(x, "STATE"):
-        for k in x.STATE:
-            setattr(x, k, restored(getattr(x, k), state[k]))
-    elif isinstance(x, torch.Generator):
-        x.set_state(state)
-    elif hasattr(x, "load_state_dict"):
-        x.load_state_dict(state)
-    else:
-        return state
-    return x
+    for k in getattr(x, "STATE", ()):
+        setattr(x, k, restored(getattr(x, k), state[k]))
+    load = getattr(x, "load_state_dict", None) or getattr(x, "set_state", None)
+    if load:
+        load(state)
+    return x if load or hasattr(x, "STATE") else state
 
 
 # ===== 4. Machine =====================================================================================
 
-
 def pick_device(name: str = "auto", several: bool = False) -> torch.device:
-    """`auto` is CUDA, else MPS, else CPU. Raises InputError for a device that is not there.
-
-    Under torchrun a program that knows of `several` processes becomes one of them, on its own GPU.
-    """
+    """`auto` is CUDA, else MPS, else CPU. Raises InputError for a device that is not there."""
+    # Under torchrun a program that knows of `several` processes becomes one of them, on its own GPU.
     by_torchrun = dist.is_available() and dist.is_torchelastic_launched()
     processes = int(os.environ["WORLD_SIZE"]) if by_torchrun else 1
     need(processes == 1 or several, f"torchrun started {processes} processes; this program runs as one")
@@ -1180,12 +1125,12 @@ def pick_device(name: str = "auto", several: bool = False) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    is_cuda = device.type == "cuda"
-    return torch.cuda.get_device_name(device) if is_cuda else f"{device.type} ({platform.machine()})"
+    cpu = f"{device.type} ({platform.machine()})"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 is computed in hardware. Emulated, it is several times slower than fp32."""
+    """True where bf16 is computed in hardware: emulated, it is several times slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     caps = getattr(torch.cpu, "get_capabilities", dict)()
@@ -1193,7 +1138,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, on: bool | None):
-    """bf16 autocast; weights stay fp32. W3A3 91.2 %, without 91.3 (results/gdfq/trials/amp-miniature)."""
+    """bf16 autocast; weights stay fp32."""
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
 
 

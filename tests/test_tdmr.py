@@ -71,9 +71,6 @@ def lesson(**changes) -> tdmr.Lesson:
     return tdmr.Lesson("tdmr", torch.randn(32, 8), torch.randn(32, 3), **dict(A=1.0) | changes)
 
 
-# ----- equations -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("schedule, start, middle, end", [
     ("features-then-logits", (1, 0), (0.5, 0.5), (0, 1)), ("fade", (1, 1), (0.5, 1), (0, 1)),
     ("decay", (1, 1), (0.5, 0.5), (0, 0)), ("constant", (1, 1), (1, 1), (1, 1))])
@@ -82,11 +79,11 @@ def test_schedules_at_the_start_the_middle_and_the_end(schedule, start, middle, 
     assert [tdmr.progress_weights(t, schedule) for t in (0.0, 0.5, 1.0)] == [start, middle, end]
 
 
-def test_the_cosine_loss_is_zero_for_aligned_features_and_two_for_opposite_ones():
+@pytest.mark.parametrize("length, loss", [(0.7, 0), (3, 0), (-0.7, 2)])
+def test_the_cosine_loss_is_zero_for_aligned_features_and_two_for_opposite_ones(length, loss):
     """Of any length. Fails without the normalisation."""
     h = torch.randn(5, 8)
-    p = h * (torch.rand(5, 1) + 0.5)
-    assert tdmr.cosine_loss(h, p).abs() < 1e-6 and tdmr.cosine_loss(h, -p).item() == pytest.approx(2)
+    assert tdmr.cosine_loss(h, length * h).item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_distillation_scales_with_T_squared_and_at_T_1_has_the_gradient_of_cross_entropy():
@@ -168,9 +165,6 @@ def test_propagation_equals_the_dense_iteration_and_reaches_the_closed_form():
     assert torch.allclose(got, (want / want.sum(1, keepdim=True)).float(), atol=1e-4)
 
 
-# ----- surgery ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("arch, size, d_last, depths", [
     ("mobilenet_v3_small", 32, 1024, 9), ("swin_t", 32, 768, 8), ("maxvit_t", 224, 512, 6)])
 def test_features_of_every_family_are_found(arch, size, d_last, depths):
@@ -197,30 +191,22 @@ def test_mean_and_deviation_over_space_do_not_depend_on_where_the_channels_are()
 
 
 def test_features_do_not_depend_on_the_batch_and_the_foundation_never_changes():
-    """Neither parameters nor BN statistics. Fails if F runs in train mode."""
-    of, x = foundation(), images(8)
+    """Neither parameters nor BN statistics; images of 28 px are resized to its 32 px. Fails if F runs in
+    train mode, or sees another size than it was trained on.
+    """
+    of, x, sides = foundation(), images(8, 28), []
     e, before = extractor(of), {k: v.clone() for k, v in of.state_dict().items()}
-    assert torch.allclose(e(x)[:3], e(x[:3]), atol=1e-5)
+    e.model.model.conv1.register_forward_pre_hook(lambda m, inputs: sides.append(inputs[0].shape[-1]))
+    assert torch.allclose(e(x)[:3], e(x[:3]), atol=1e-5) and sides == [32, 32]
     for now in (of, e.model):
         assert all(torch.equal(before[k], v) for k, v in now.state_dict().items())
         assert not any(p.requires_grad for p in now.parameters())
-
-
-def test_images_of_another_size_are_resized_to_the_foundation():
-    """28 px images for a network of 32 px. Fails if F sees another size than it was trained on."""
-    of, seen = foundation(), []
-    of.model.conv1.register_forward_pre_hook(lambda m, i: seen.append(i[0].shape[-1]))
-    of(common.to_input(images(2, 28), *GREY, CPU))
-    assert seen == [32]
 
 
 def test_a_target_that_calls_view_takes_channels_last_images(own):
     """Fails if it is refused, or trained in the form in which it was not checked."""
     net = tdmr.build("--target", f"{own}:make", 4, 32, 0)
     assert net(torch.zeros(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)).shape == (2, 4)
-
-
-# ----- images and features ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["nothing", "images", "weights", "taps"])
@@ -266,9 +252,6 @@ def test_the_few_shots_are_fixed_by_the_seed_and_disjoint_from_the_unlabelled():
     assert torch.equal(a, b) and torch.equal(u, v) and torch.equal(a, alone)
     assert not torch.equal(a, other)
     assert torch.equal(y[a].bincount(), torch.full((5,), 4)) and len({*a.tolist(), *u.tolist()}) == 70
-
-
-# ----- step 1 ----------------------------------------------------------------------------------------
 
 
 def test_the_proxy_beats_the_probe_with_unlabelled_images():
@@ -350,12 +333,16 @@ def test_a_second_valley_does_not_choose_the_shrinkage(losses, at, monkeypatch):
     assert s.best_shrinkage(fifths_of(s)) == 1 + at
 
 
-def test_one_label_per_class_leaves_no_choice_of_a_shrinkage():
-    """The largest, without a warning or a NaN. Fails if a class is left out of its own training."""
-    rows, f, _ = clusters(60, 3)
-    s = step1(rows, f)
+@pytest.mark.parametrize("labelled, flags", [(3, {}), (6, {"sharpen": 1000.0})])
+def test_a_proxy_of_extremes_is_finite(labelled, flags):
+    """One label per class leaves no choice of a shrinkage; propagated probabilities of 0 leave the
+    likeliest class. Fails if a class is left out of its own training, or with 0/0.
+    """
+    rows, f, _ = clusters(60, labelled)
+    s = step1(rows, f, **flags)
     head, choice = s.train("proxy")
-    assert choice["shrink"] == 10 and head(s.f).isfinite().all()
+    assert head(s.f).isfinite().all() and (labelled > 3 or choice["shrink"] == 10)
+    assert torch.allclose(s.soft_labels(torch.eye(8)).sum(1), torch.ones(60))
 
 
 def test_the_discriminant_ignores_what_varies_within_a_class():
@@ -380,13 +367,6 @@ def test_the_discriminants_logits_have_the_wanted_spread():
     assert (o - o.mean(1, keepdim=True)).std().item() == pytest.approx(3, rel=1e-3)
 
 
-def test_probabilities_that_become_too_small_leave_the_likeliest_class():
-    """--sharpen 1000. Fails with 0/0 = NaN."""
-    rows, f, _ = clusters(60, 6)
-    q = step1(rows, f, sharpen=1000.0).soft_labels(torch.eye(8))
-    assert q.shape == (60, 3) and torch.allclose(q.sum(1), torch.ones(60))
-
-
 def test_a_student_is_taught_p_without_its_mean():
     """Of the probe, whose p has one. Fails if it stays in, or is taken off the logits, too."""
     rows, f, _ = clusters(60, 30)
@@ -395,9 +375,6 @@ def test_a_student_is_taught_p_without_its_mean():
     s.f = s.f + 1
     p, o = s.teach(head)
     assert torch.allclose(o, head(s.f)) and torch.allclose(p.float(), s.f - s.f.mean(0), atol=1e-2)
-
-
-# ----- step 2 ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("by_labels, known", [(False, 0), (True, 4)])
@@ -440,7 +417,7 @@ def test_students_start_alike_and_see_the_same_batches(monkeypatch):
 @pytest.mark.parametrize("steps, warmup", [(10, 0.1), (4, 1.0), (2, 0.5), (1, 0.1), (3, 0.0)])
 def test_every_warmup_makes_a_schedule(steps, warmup):
     """One step of it or all: torch divides by a phase's length. Fails if that is 0."""
-    assert all(p.isfinite().all() for p in train(lesson(), steps=steps, warmup=warmup).parameters())
+    assert train(lesson(), steps=steps, warmup=warmup).fc.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("function", ["cosine_loss", "distillation_loss"])
@@ -592,7 +569,7 @@ def test_finetuning_leaves_the_foundation_as_it_is_and_keeps_nothing(everything)
     assert len(e.seen) == 10 and not any(t.requires_grad for t in e.seen)
 
 
-@pytest.mark.parametrize("weights, says", [("none", "its own weights"), ("w.pt", "w.pt, nan % by its own")])
+@pytest.mark.parametrize("weights, says", [("none", "its own weights"), ("w.pt", "w.pt")])
 def test_a_foundation_of_your_own_says_what_it_sees(weights, says, own, here, capsys):
     """With its own weights and with a file of weights. Fails if it is fed ImageNet's normalisation
     without a word, or if the first line names torchvision's weights.
@@ -683,9 +660,6 @@ def test_the_script_runs_with_common_py_data_and_weights_alone(tiny, here):
     assert "foundation: resnet20, cifar100_resnet20.pt" in out and (here / "o" / "tdmr.pt").exists()
 
 
-# ----- bad input -------------------------------------------------------------------------------------
-
-
 def test_an_unknown_keyword_is_a_type_error():
     """Fails if a misspelt hyperparameter is taken along in silence."""
     with pytest.raises(TypeError, match="not a flag: temprature"):
@@ -694,7 +668,6 @@ def test_an_unknown_keyword_is_a_type_error():
 
 @pytest.mark.parametrize("command, says", [
     ("--shots 501 --unlabelled 0", "--shots 501: class T-shirt/top has only 500 train images"),
-    ("--unlabelled 4801", "only 4800 train images are left"),
     ("--shrink often", "'often'"),
     ("--foundation squeezenet1_0 --foundation-weights {tmp}/w.pt", "its feature cannot be found"),
     ("--foundation resnet21", "--foundation resnet21: no such network"),
@@ -709,7 +682,6 @@ def test_an_unknown_keyword_is_a_type_error():
     ("--foundation {own}:make_three", "weights/cifar100_my_net-make_three.pt or --foundation-weights FILE"),
     ("--foundation {own}:nothing --foundation-weights none", "nothing"),
     ("--methods tdmr magic", "--methods"),
-    ("--seeds 1 1", "named twice"),
     ("--temperature 0", "--temperature"),
     ("--out {root}/README.md/x", "cannot be made"),
     ("--device tpu9", "not usable here"),
