@@ -404,8 +404,7 @@ def load_data(dataset: str, data_dir: str = "data", size: int | None = None) -> 
         known = f"no known name (nearest: {', '.join(near)}), no folder, no .npz file"
         need(path.suffix == ".npz", f"--dataset {dataset}: {known}")
         data = from_npz(path, path.stem)
-    fits = size in (None, data.size)
-    need(fits, f"{dataset}: has images of {data.size} px, not {size}; --size is for folders")
+    need(size in (None, data.size), f"{dataset}: has {data.size} px, not {size}; --size is for folders")
     return check_labels(data)
 
 

@@ -1,5 +1,6 @@
 """What several test files need: a seed, a mistake's one line, a data set and its network for seconds."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def read_log(path) -> list[dict]:
+    """The records of a log.jsonl."""
+    return [json.loads(line) for line in open(path)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,4 @@
-"""Claims about gdfq.pack and tools/deploy.py, which reads what it makes.
-
-Each docstring ends with the change under which its test was seen to fail.
-"""
+"""Claims about tools/deploy.py. Each docstring ends with the change under which its test fails."""
 
 import re
 import subprocess
@@ -19,6 +16,7 @@ from tools import deploy
 ABOUT = dict(arch="resnet8", dataset="fashion", classes=list("abcd"), mean=[0.5] * 3, std=[0.3] * 3,
              size=32, transform_input=False)
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+ALSO = dict(quantize_input=True, quantize_add=True, quantize_pool=True)
 
 
 def trained(model, **flags) -> gdfq.GDFQ:
@@ -36,28 +34,40 @@ def model(tiny_weights):
     return common.load_network(tiny_weights, "resnet8")[0].to(memory_format=torch.channels_last)
 
 
+@pytest.fixture
+def packed_file(model, tiny, tmp_path):
+    """packed_file(flags) -> a quantized.pt of the tiny network, hardly trained, and its student."""
+    def make(**flags):
+        student, data = trained(model, **flags).student, common.load_data(str(tiny))
+        about = ABOUT | dict(dataset=str(tiny), classes=data.classes, mean=data.mean, std=data.std)
+        torch.save(deploy.pack(student) | about, tmp_path / "q.pt")
+        return tmp_path / "q.pt", student
+    return make
+
+
 @pytest.mark.parametrize("wbits, first_last", [(4, None), (3, 8), (5, None)])
-def test_the_packed_file_is_as_small_as_computed_and_reproduces_every_logit(wbits, first_last, model,
-                                                                            tmp_path):
-    """To the bit. Fails if the step is stored in half precision, or if a key is renamed."""
-    student = trained(model, wbits=wbits, abits=4, first_last_bits=first_last).student
-    packed = gdfq.pack(student)
+def test_the_packed_file_is_as_small_as_computed(wbits, first_last, model, tmp_path):
+    """Fails if steps or ranges are stored in another precision, or if a key is added."""
+    torch.save(deploy.pack(gdfq.quantize(model, X, wbits, 4, first_last)) | ABOUT, tmp_path / "q.pt")
     weights = [p for p in model.parameters() if p.ndim > 1]
     numbers, channels = sum(p.numel() for p in weights), sum(p.shape[0] for p in weights)
     more_bits = (8 - wbits) * (16 * 27 + 64 * 4) if first_last else 0
     floats = 4 + 4 * (channels - 4) + 2 * 7  # fc bias; gamma, beta, mean, var; 7 times lo and hi
     computed = (wbits * numbers + more_bits) / 8 + 5 * channels + 4 * floats
-    tensors = [t for t in packed.values() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in torch.load(tmp_path / "q.pt").values() if isinstance(t, torch.Tensor)]
     assert abs(sum(t.numel() * t.element_size() for t in tensors) - computed) < 10
-    torch.save(packed | ABOUT, tmp_path / "q.pt")
     assert (tmp_path / "q.pt").stat().st_size < computed + 4000
-    again, _ = deploy.rebuild(tmp_path / "q.pt")
-    assert torch.equal(again(X), student(X))
+
+
+@pytest.mark.parametrize("flags", [dict(wbits=4), dict(wbits=3, first_last_bits=8), dict(wbits=5)])
+def test_every_logit_comes_back_to_the_bit(flags, packed_file):
+    """Fails if the step is stored in half precision, or if a key is renamed."""
+    file, student = packed_file(**flags)
+    assert torch.equal(deploy.rebuild(file)[0](X), student(X))
 
 
 class Tied(nn.Module):
     """Two layers with one weight, the first of them at the end of the module's own order."""
-
     def __init__(self):
         super().__init__()
         self.ends = nn.ModuleDict({"stem": nn.Conv2d(3, 3, 3), "head": nn.Linear(3, 4)})
@@ -73,19 +83,20 @@ def test_shared_weights_and_odd_orders_come_back():
     """8 bits at the ends, 4 in between. Fails if bits are guessed from the modules' order, or if the
     second of two layers that share a weight overwrites the first."""
     q = gdfq.quantize(Tied().eval(), X, 4, 4, first_last_bits=8)
-    assert torch.equal(deploy.unpack(gdfq.pack(q), Tied().eval(), X)(X), q(X))
+    assert torch.equal(deploy.unpack(deploy.pack(q), Tied().eval(), X)(X), q(X))
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(arch="resnet14"), "another network's?"),
-    (dict(wbits=3), "another network's?"),
+    (dict(arch="resnet14"), "another's?"),
+    (dict(wbits=3), "another's?"),
     (dict(arch="resnet9"), "no such network"),
     (dict(wbits=9), "expected 2 to 8 bits"),
+    (dict(size=32.0), "its size is a float"),
     (dict(), "made for 4 classes; fashion has 10"),
 ])
 def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fails):
     """Another network, other bits, other data. Fails if the lengths of the parts are not compared."""
-    packed = gdfq.pack(gdfq.quantize(model, X, 4, 4))
+    packed = deploy.pack(gdfq.quantize(model, X, 4, 4))
     torch.save(packed | ABOUT | changes, tmp_path / "q.pt")
     assert says in fails(deploy, f"evaluate {tmp_path}/q.pt")
 
@@ -93,59 +104,36 @@ def test_a_file_that_does_not_fit_is_one_line(changes, says, model, tmp_path, fa
 @pytest.mark.parametrize("file, says", [
     ("{root}/weights/fashion_resnet20.pt", "not a quantized.pt of gdfq.py"),
     ("{root}/README.md", "a quantized.pt of gdfq.py"),
-    ("none.pt", "no such file"),
-])
+    ("none.pt", "no such file")])
 def test_what_is_no_packed_network_is_one_line(file, says, fails):
     """Fails if a checkpoint's missing keys end in a traceback."""
     assert says in fails(deploy, f"evaluate {file.format(root=common.ROOT)}")
 
 
-ALSO = dict(quantize_input=True, quantize_add=True, quantize_pool=True)
-
-
-@pytest.fixture
-def packed_file(model, tiny, tmp_path):
-    """packed_file(flags) -> a quantized.pt of the tiny network, trained for a moment, and its student."""
-    def make(**flags):
-        student, data = trained(model, **flags).student, common.load_data(str(tiny))
-        about = ABOUT | dict(dataset=str(tiny), classes=data.classes, mean=data.mean, std=data.std)
-        torch.save(gdfq.pack(student) | about, tmp_path / "q.pt")
-        return tmp_path / "q.pt", student
-    return make
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_integers_compute_what_the_floats_simulate(bits, packed_file, capsys):
-    """Every layer within 1e-4, every answer. Fails if a zero point is left out of the sums, or padding is not 0."""
-    file, _ = packed_file(wbits=bits, abits=bits, **ALSO)
-    deploy.main(deploy.parse(["check", str(file)]))
+@pytest.mark.parametrize("bits, flags, in_fp32", [(4, ALSO, []), (8, ALSO, []), (4, {}, ["conv1", "fc"])])
+def test_integers_compute_what_the_floats_simulate(bits, flags, in_fp32, packed_file, capsys):
+    """Every layer within 1e-4, every answer; as published, two read fp32. Fails if a zero point is left out
+    of the sums, or if a layer that reads fp32 counts as checked."""
+    deploy.main(deploy.parse(["check", str(packed_file(wbits=bits, abits=bits, **flags)[0])]))
     *table, last = capsys.readouterr().out.splitlines()[2:]
-    assert len(table) == 10 and all(float(line.split()[-1]) < 1e-4 for line in table)
+    assert len(table) == 10 and [line.split()[0] for line in table if "reads fp32" in line] == in_fp32
+    assert all(float(line.split()[-1]) < 1e-4 for line in table if "reads fp32" not in line)
     assert last.startswith("0 of 32 answers differ")
 
 
-def test_a_layer_that_reads_floats_is_named(packed_file, capsys):
-    """As published, the image and the pooled feature are fp32. Fails if they count as checked."""
-    deploy.main(deploy.parse(["check", str(packed_file()[0])]))
-    named = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "reads fp32" in line]
-    assert named == ["conv1", "fc"]
-
-
-def test_every_layer_of_a_bottleneck_network_reads_integers_if_asked():
-    """Fails if MobileNetV2's sums and linear bottlenecks, which no activation follows, are passed over."""
+@pytest.mark.parametrize("also, quantized", [((), 34), (("input", "add", "pool"), 53)])
+def test_every_layer_of_a_bottleneck_network_reads_integers_if_asked(also, quantized):
+    """Fails if MobileNetV2's sums and linear bottlenecks, without an activation, are passed over."""
     net = common.build_model("mobilenet_v2", 5).eval()
-    x = torch.randn(2, 3, 32, 32)
-    quantizers = lambda q: [q.get_submodule(n.target) if n.op == "call_module" else None
-                            for _, n in gdfq.layer_inputs(q)]
-    is_one = lambda m: isinstance(m, gdfq.ActivationQuantizer)
-    without, all_ = (quantizers(gdfq.quantize(net, x, 4, 4, also=a)) for a in ((), ("input", "add", "pool")))
-    assert len(all_) == 53 and all(map(is_one, all_)) and sum(map(is_one, without)) == 34
-    assert all_[0].bits == 8 and {m.bits for m in all_[1:]} == {4}
+    q = gdfq.quantize(net, torch.randn(2, 3, 32, 32), 4, 4, also=also)
+    sources = [node for _, node in gdfq.layer_inputs(q)]
+    bits = [q.get_submodule(n.target).bits for n in sources if str(n.target).startswith("act_quant")]
+    assert len(sources) == 53 and len(bits) == quantized
+    assert bits == [8 if also else 4] + [4] * (quantized - 1)  # the image has 8
 
 
 class Twice(nn.Module):
     """One layer, called on the image and on its own output."""
-
     def __init__(self):
         super().__init__()
         self.c, self.bn, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 4)
@@ -158,13 +146,13 @@ class Twice(nn.Module):
 def test_a_layer_that_is_called_twice_has_two_inputs():
     """Each with its own step. Fails if the second call's input stands for the first one's."""
     net = Twice().eval()
-    q = deploy.unpack(gdfq.pack(gdfq.quantize(net, X, 8, 8, also=["input", "pool"])), net, X)
+    q = deploy.unpack(deploy.pack(gdfq.quantize(net, X, 8, 8, also=["input", "pool"])), net, X)
     integer = common.copy_of(q)
     watch = deploy.IntegerCheck(integer)
     with torch.no_grad():
         assert torch.allclose(integer(X), q(X), atol=1e-5)
     assert watch.in_fp32 == [] and max(watch.worst.values()) < 1e-4
-    q = deploy.unpack(gdfq.pack(gdfq.quantize(net, X, 8, 8, also=["pool"])), net, X)
+    q = deploy.unpack(deploy.pack(gdfq.quantize(net, X, 8, 8, also=["pool"])), net, X)
     assert deploy.IntegerCheck(q).in_fp32 == ["c"]
 
 
@@ -178,18 +166,18 @@ assert net(x[:1]).shape == (1, 4)
 """
 
 
-def test_an_exported_network_needs_torch_alone(packed_file, tmp_path):
-    """In a process that cannot import this repository. Fails if the batch is fixed, or floats take the codes' place."""
-    file, student = packed_file(**ALSO)
-    made = tmp_path / "new" / "m.pt2"
+def test_an_exported_network_holds_integers_and_needs_torch_alone(packed_file, tmp_path):
+    """In a process that cannot import this repository. Fails if the number of images is fixed, or if
+    floats take the codes' place."""
+    (file, student), made = packed_file(**ALSO), tmp_path / "new" / "m.pt2"
     deploy.main(deploy.parse(["export", str(file), str(made)]))
     torch.save((X, student(X)), tmp_path / "xy.pt")
-    done = subprocess.run([sys.executable, "-I", "-c", LOAD, made, tmp_path / "xy.pt"], cwd="/",
-                          capture_output=True, text=True)
+    command = [sys.executable, "-I", "-c", LOAD, made, tmp_path / "xy.pt"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    held = torch.export.load(made).state_dict
-    assert sum(t.numel() for t in held.values() if t.dtype == torch.uint8) == sum(
-        p.numel() for p in student.parameters() if p.ndim > 1)
+    held = torch.export.load(made).state_dict.values()
+    codes = sum(t.numel() for t in held if t.dtype == torch.uint8)
+    assert codes == sum(p.numel() for p in student.parameters() if p.ndim > 1)
     assert str(common.ROOT).encode() not in made.read_bytes()
 
 
