@@ -380,8 +380,7 @@ class GDFQ:
         self.warmup = hp.warmup_epochs * hp.iters_per_epoch
         self.iterations = hp.epochs * hp.iters_per_epoch
         self.iteration, self.buffer = 0, []  # of (images, labels, M's logits)
-        # All noise is drawn on the CPU, so that a seed means the same on every device. Of torchrun's
-        # processes each draws its own.
+        # Noise is drawn on the CPU: a seed means the same on every device. Each process has its own.
         self.rng = torch.Generator().manual_seed(hp.seed + 1_000_003 * common.rank_and_world()[0])
 
         self.teacher = common.copy_of(model).eval().requires_grad_(False)
@@ -389,7 +388,8 @@ class GDFQ:
             self.generator = Generator(num_classes, image_size, hp.latent, hp.g_width, hp.generator)
         for net in (self.teacher, self.generator):
             net.to(self.device, memory_format=torch.channels_last)
-        self.also = [k for k in ("input", "add", "pool") if getattr(hp, f"quantize_{k}")]
+        places = {"input": hp.quantize_input, "add": hp.quantize_add, "pool": hp.quantize_pool}
+        self.also = [place for place, wanted in places.items() if wanted]
         # Gaussian noise gives Q's activations first ranges; `calibrate` replaces them.
         noise = torch.randn(min(hp.batch_size, 64), 3, image_size, image_size, generator=self.rng)
         noise = noise.to(self.device)

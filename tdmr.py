@@ -643,7 +643,8 @@ def main(args: Namespace) -> None:
     rank, world = common.rank_and_world()
     args.amp = common.has_fast_bf16(device) if args.amp is None else args.amp
     data = common.load_data(args.dataset, args.data_dir, args.size)
-    # Every check comes before anything is written.
+    # Every check comes before anything is written: a folder of nothing would only be in the way of the
+    # next run.
     need(data.train, f"--dataset {args.dataset}: has no train images; expected train/ beside val/")
     few_shot(common.labels_of(data.train), data.classes, args, seed=0)
     build("--target", args.target, len(data.classes), data.size, 0)
