@@ -34,7 +34,7 @@ Symbols ("paper" is our notation). R counts (view, image) pairs, labelled images
     F, S        foundation, student                    --foundation --foundation-data --target
     f           features              (R, dF), fp16    --taps --views --labelled-views
     q           q                     (R, C)           --neighbours --spread --sharpen
-    phi, p      phi, p                (dF, C-1)        --shrink
+    phi, p      phi, p                (C-1, dF)        --shrink
     o_P         logits                (R, C)           --logit-std
     a(t), b(t)  progress_weights      two floats       --schedule
     A, B, T     the same              float            --feature-weight --kd-weight --temperature
@@ -252,33 +252,32 @@ def propagate_labels(z: Tensor, y: Tensor, classes: int, neighbours: int, spread
 
 # ===== Model surgery ================================================================================
 
-def last_linear(model: nn.Module, size: int, flag: str) -> nn.Linear:
+def last_linear(model: nn.Module, size: int, flag: str, classes: int | None = None) -> nn.Linear:
     """The Linear that the output comes from; its input is the feature. Found by one run of the network.
 
     Raises InputError where there is none, as in SqueezeNet, or where images of this size do not fit.
     """
-    ran, training = [], model.training
-    see = lambda m, inputs, out: ran.append((m, inputs[0], out))
+    last, training = {}, model.training
+    see = lambda m, inputs, out: last.update(layer=m, x=inputs[0], out=out)
     x = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
     with door(flag), torch.no_grad():
-        common.check_network(model.eval(), x)  # after which it takes channels_last images
+        common.check_network(model.eval(), x, classes)  # after which it takes channels_last images
         hooks = [m.register_forward_hook(see) for m in model.modules() if isinstance(m, nn.Linear)]
         out = model(x)
     for hook in hooks:
         hook.remove()
     model.train(training)
-    found = ran and ran[-1][2] is out and ran[-1][1].ndim == 2
+    found = last and last["out"] is out and last["x"].ndim == 2
     need(found, f"{flag}: its feature cannot be found, since its output does not come from a Linear "
          "over one vector per image; ResNets, ConvNeXts, ViTs, Swins end so")
-    return ran[-1][0]
+    return last["layer"]
 
 
 def build(flag: str, arch: str, classes: int, size: int, seed: int) -> nn.Module:
     """A network with initial weights from the seed. InputError, naming the flag, for a wrong one."""
     with seeded(seed):
         net = common.build_model(arch, classes, flag=flag).to(memory_format=torch.channels_last)
-    n = last_linear(net, size, flag).out_features
-    need(n == classes, f"{flag} {arch}: knows {n} classes, the data have {classes}")
+    last_linear(net, size, flag, classes)
     return net
 
 
@@ -410,10 +409,17 @@ def take(split, index: Tensor) -> Tensor:
     return torch.cat([none, *(x for x, _ in common.loader(chosen, batch_size=32))])
 
 
+def answers(head: list, f: Tensor) -> tuple[Tensor, Tensor]:
+    """p (n, dP) and o (n, C) of standardised features (n, dF). phi None: p is all of f."""
+    phi, weight, bias = head
+    p = f if phi is None else F.linear(f, phi)
+    return p, F.linear(p, weight, bias)
+
+
 class Step1:
     """Everything that is made of F's features (R, dF): the linear probe, and the proxy. hp: the flags.
 
-    Each is a head of two linear maps on standardised features:  p = head[0](f), o = head[1](p).
+    Each is a head (phi, weight, bias) on standardised features:  p = phi f, o = weight p + bias.
     """
     def __init__(self, rows: Rows, features: Tensor, classes: int, hp: Namespace, device: torch.device):
         self.rows, self.features, self.hp, self.device = rows, features, hp, device
@@ -422,12 +428,9 @@ class Step1:
         self.mu, self.sd = some.mean(0), some.std(0).clamp_min(1e-4)
         self.f, self.y = self.standard(features), rows.y.to(device)
         # In which fifth of its class a labelled image is; of fewer than five images none is in fifth 0.
-        fifth = torch.zeros_like(rows.y)
-        for c in range(classes):
-            mine = (rows.y == c).nonzero()[:, 0]
-            fifth[mine] = 4 - torch.arange(len(mine)) % 5
-        of = rows.of[:rows.labelled]
-        self.fifth, self.q = fifth[of], F.one_hot(self.y[of], classes).float()  # of the labelled rows
+        q, of = F.one_hot(rows.y, classes), rows.of[:rows.labelled]
+        fifth = 4 - ((q.cumsum(0) - 1) * q).sum(1) % 5
+        self.fifth, self.q = fifth[of], q[of].float().to(device)  # of the labelled rows
 
     def standard(self, f: Tensor) -> Tensor:
         """Features (n, dF) in the target's own units, fp32."""
@@ -471,7 +474,7 @@ class Step1:
         # All numbers of a row may be too small: then the largest one counts alone.
         return torch.where(total > 0, sharp / total, F.one_hot(q.argmax(1), C))
 
-    def proxy(self) -> tuple[nn.Sequential, dict]:
+    def proxy(self) -> tuple[list, dict]:
         """The closed form: labels spread, then Fisher's discriminant, its log-posterior scaled."""
         hp, split = self.hp, self.rows.labelled
         f, unlabelled = self.f[:split], self.f[split:]
@@ -485,17 +488,13 @@ class Step1:
             if hp.shrink == "auto":  # a covariance of N images is wrong by 1/N, and needs so much less
                 shrink *= len(self.y) / len(q)
         phi, weight, bias = discriminant(*class_moments(*sums), shrink)
-        head = nn.Sequential(nn.Linear(*phi.shape, bias=False), nn.Linear(*weight.T.shape))
-        flat = torch.cat([x.flatten() for x in (phi.T, weight, bias)])
-        nn.utils.vector_to_parameters(flat.to(self.device), head.to(self.device).parameters())
+        head = [x.contiguous().to(self.device) for x in (phi.T, weight, bias)]
         # The log-posterior is far too sure. The scale at which held-out labels are likeliest makes too
         # soft a teacher: 1.5 points worse on held-out CIFAR-10 (two seeds, no log kept).
-        scale = spread(head(self.f)).item() / hp.logit_std
-        for parameter in head[1].parameters():
-            parameter.data /= scale
-        return head, choice | {"scale": scale}
+        scale = spread(answers(head, self.f)[1]).item() / hp.logit_std
+        return [head[0], head[1] / scale, head[2] / scale], choice | {"scale": scale}
 
-    def fit_probe(self, keep: Tensor, steps: int) -> tuple[nn.Sequential, list[float]]:
+    def fit_probe(self, keep: Tensor, steps: int) -> tuple[list, list[float]]:
         """The linear probe on the labelled rows `keep`, a mask; its cross-entropy on fifth 0 after each
         tenth of --step1-steps. AdamW with a cosine schedule.
         """
@@ -503,20 +502,18 @@ class Step1:
         f, q, judges = self.f[:len(keep)][keep], self.q[keep], self.fifth[:n_l] == 0
         g = torch.Generator().manual_seed(hp.seed)
         with seeded(hp.seed):
-            head = nn.Sequential(nn.Identity(), nn.Linear(f.shape[1], q.shape[1])).to(self.device)
-        opt = torch.optim.AdamW(head.parameters(), hp.step1_lr, weight_decay=hp.step1_weight_decay)
+            linear = nn.Linear(f.shape[1], q.shape[1]).to(self.device)
+        opt = torch.optim.AdamW(linear.parameters(), hp.step1_lr, weight_decay=hp.step1_weight_decay)
         for i in range(steps):
             at = torch.randint(len(f), (hp.step1_batch,), generator=g)
             opt.param_groups[0]["lr"] = hp.step1_lr * 0.5 * (1 + math.cos(math.pi * i / hp.step1_steps))
-            loss = F.cross_entropy(head(f[at]), q[at])
+            loss = F.cross_entropy(linear(f[at]), q[at])
             common.descend(opt, loss, f"loss_probe at iteration {i}", "--step1-lr")
             if (i + 1) % (hp.step1_steps // 10) == 0:
-                with torch.no_grad():
-                    loss = F.cross_entropy(head(self.f[:n_l][judges]), self.y[judges])
-                losses.append(loss.item())
-        return head, losses
+                losses.append(F.cross_entropy(linear(self.f[:n_l][judges]), self.y[judges]).item())
+        return [None, linear.weight.detach(), linear.bias.detach()], losses
 
-    def train(self, name: str) -> tuple[nn.Sequential, dict]:
+    def train(self, name: str) -> tuple[list, dict]:
         """The head "probe" or "proxy", and what was chosen for it."""
         if name == "proxy":
             return self.proxy()
@@ -527,12 +524,11 @@ class Step1:
             steps = (int(np.argmin(losses)) + 1) * (steps // 10)
         return self.fit_probe(self.fifth >= 0, steps)[0], {"steps": steps}
 
-    @torch.no_grad()
-    def teach(self, head: nn.Sequential) -> tuple[Tensor, Tensor]:
+    def teach(self, head: list) -> tuple[Tensor, Tensor]:
         """What a student is taught of every row: p without its mean, o_P.  -> (R, dP) fp16, (R, C)"""
-        p = head[0](self.f)
+        p, o = answers(head, self.f)
         # With its mean most of cos(psi(h), p) would be the same for all images.
-        return (p - p.mean(0)).half().cpu(), head[1](p).cpu()
+        return (p - p.mean(0)).half().cpu(), o.cpu()
 
 
 class Lesson(NamedTuple):
@@ -682,27 +678,28 @@ def run_seed(hp: Namespace, data: common.Data, extractor: Extractor, device: tor
           f"{features.shape[1]} features of {len(extractor.taps)} depths and the last one", flush=True)
 
     # Step 1: probe and proxy, where a method needs them. A run that goes on makes them once more.
-    step1, heads, taught = Step1(rows, features, len(data.classes), hp, device), {}, {None: (None, None)}
+    step1 = Step1(rows, features, len(data.classes), hp, device)
+    results, taught = {}, {None: (None, None)}
     costs = {None: {"params": 0, "forwards": 0, "step1_s": 0.0}}
     costs["f"] = {"params": 0, "forwards": forwards, "step1_s": features_s}
     for name in dict.fromkeys(source for m in methods for source in METHODS[m] if source):
         t0 = time.perf_counter()
         head, choice = step1.train(name)
         taught[name] = step1.teach(head)
-        train_s, params = time.perf_counter() - t0, sum(p.numel() for p in head.parameters())
+        train_s = time.perf_counter() - t0
+        params = sum(x.numel() for x in head if x is not None)
         costs[name] = {"params": params, "forwards": forwards, "step1_s": features_s + train_s}
-        right = head(step1.standard(f_test)).argmax(1).cpu() == common.labels_of(data.test)
-        acc = 100 * right.sum().item() / len(right)
-        heads[name] = {"acc_pct": acc, "params": params, "train_s": train_s}
+        right = answers(head, step1.standard(f_test))[1].argmax(1).cpu() == common.labels_of(data.test)
+        results[name] = {"acc_pct": 100 * right.sum().item() / len(right), "train_s": train_s}
         if not state:
-            log.write("eval", method=name, **choice, **heads[name])
-        print(f"step 1: {name} {acc:.2f} %, {train_s:.1f} s", flush=True)
+            log.write("eval", method=name, params=params, **choice, **results[name])
+        print(f"step 1: {name} {results[name]['acc_pct']:.2f} %, {train_s:.1f} s", flush=True)
 
     # Step 2: one student for each method, all from the same initial weights.
     for method in [m for m in methods if m not in table]:
         p_of, logits_of = METHODS[method]
         if method == "probe":
-            net, row = extractor.model, {"acc_pct": heads["probe"]["acc_pct"], "step2_s": 0.0}
+            net, row = extractor.model, {"acc_pct": results["probe"]["acc_pct"], "step2_s": 0.0}
         elif method == "finetune":
             net, row = finetune(rows, data, extractor.foundation, hp, device, log)
         else:
@@ -719,7 +716,7 @@ def run_seed(hp: Namespace, data: common.Data, extractor: Extractor, device: tor
             common.save_atomic(about, out / "tdmr.pt")
         if len(table) < len(methods) and len(table) % hp.checkpoint_every == 0:
             common.save_checkpoint(log, hp, crc=crc, table=table)
-    finish(log, heads, table, extractor, costs["f"])
+    finish(log, results | table, costs, extractor)
     return table
 
 
@@ -753,16 +750,17 @@ def finetune(rows: Rows, data: common.Data, foundation: Foundation, hp, device, 
     return net, row | {"acc_pct": common.accuracy_pct(net, task, data.test, device)}
 
 
-def finish(log: common.RunLog, heads: dict, table: dict, extractor: Extractor, f: dict) -> None:
+def finish(log: common.RunLog, results: dict, costs: dict, extractor: Extractor) -> None:
     """The end record: all accuracies, and what TDMR and fine-tuning cost."""
-    results = {f"acc_{k.replace('-', '_')}_pct": row["acc_pct"] for k, row in (heads | table).items()}
-    tdmr, proxy = table.get("tdmr", {}), heads.get("proxy", {})
-    results |= {k: tdmr.get(k) for k in ("step1_s", "step2_s", "bytes")}
-    params, out = sum(p.numel() for p in extractor.model.parameters()), log.path.parent
-    log.write("end", **results, features_s=f["step1_s"], foundation_forwards=f["forwards"],
-              trainable_params_step1=proxy.get("params"), step1_train_s=proxy.get("train_s"),
-              finetune_s=table.get("finetune", {}).get("step1_s"), params_foundation=params,
-              wall_s=log.seconds(), peak_mib=common.peak_mib())
+    end = {f"acc_{name.replace('-', '_')}_pct": row["acc_pct"] for name, row in results.items()}
+    get = lambda name, key: results.get(name, {}).get(key)
+    end |= {key: get("tdmr", key) for key in ("step1_s", "step2_s", "bytes")}
+    end |= {"trainable_params_step1": get("tdmr", "params"), "step1_train_s": get("proxy", "train_s"),
+            "features_s": costs["f"]["step1_s"], "foundation_forwards": costs["f"]["forwards"],
+            "params_foundation": sum(p.numel() for p in extractor.model.parameters()),
+            "finetune_s": get("finetune", "step1_s")}
+    log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
+    out = log.path.parent
     common.checkpoint_file(out).unlink(missing_ok=True)
     print(f"{out}/: {log.seconds():.0f} s, {common.peak_mib():.0f} MiB")
 
