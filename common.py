@@ -410,8 +410,8 @@ def load_data(dataset: str, data_dir: str = "data", size: int | None = None) -> 
 
 def check_labels(data: Data) -> Data:
     """InputError for a label that is no class; a note for a class without images."""
-    splits = [labels_of(split) for split in (data.train, data.test) if split is not None]
-    C, seen = len(data.classes), torch.cat(splits).unique().tolist()
+    labels = torch.cat([labels_of(split) for split in (data.train, data.test) if split is not None])
+    C, seen = len(data.classes), labels.unique().tolist()
     need(seen[-1] < C, f"{data.name}: label {seen[-1]} of {C} classes; expected 0 to {C - 1}")
     empty = [data.classes[c] for c in sorted({*range(C)} - {*seen})]
     if empty:
@@ -794,7 +794,8 @@ def find_weights(arch: str, dataset: str, data: Data, weights: str | None, devic
             print(f"weights: none for {arch}; pretraining it on 5,000 images, once", flush=True)
             tool("pretrain").short(arch, data, file, device)
         need(weights or file.exists(), f"no weights for {arch} on {data.name}: expected {file}; name "
-             f"another, or make it: python tools/pretrain.py --arch {arch} --dataset {dataset}")
+             "another, or none if the network has its own, or make it: "
+             f"python tools/pretrain.py --arch {arch} --dataset {dataset}")
         model, about = load_network(file, arch, C, flag)
         names, origin = about.get("classes", data.classes), os.path.relpath(file, ROOT)
         if not math.isnan(about["acc_pct"]):
@@ -1018,8 +1019,7 @@ class RunLog:
                    python=platform.python_version(), device=device_name(device),
                    threads=torch.get_num_threads(), time=time.strftime("%Y-%m-%d %H:%M:%S"))
 
-    def seconds(self) -> float:
-        """Of all stretches of the run together."""
+    def seconds(self) -> float:  # of all stretches of the run together
         return time.perf_counter() - self.t0
 
     def write(self, event: str, **fields) -> None:
