@@ -1007,7 +1007,7 @@ class RunLog:
                  state: dict | None = None):
         silent = rank_and_world()[0] > 0 and not alone  # of several processes the first one writes
         out.mkdir(parents=True, exist_ok=True)
-        self.path, RunLog.folder = out / "log.jsonl", out
+        self.path, self.alone, RunLog.folder = out / "log.jsonl", alone, out
         self.file = open(os.devnull if silent else self.path, "a")
         if not silent:
             self.file.truncate(state["log_bytes"] if state else 0)
@@ -1054,16 +1054,16 @@ def save_atomic(obj: dict, path: Path, save=torch.save) -> None:
         tmp.unlink(missing_ok=True)  # a full disk leaves nothing behind
 
 
-def checkpoint_file(out: Path) -> Path:
+def checkpoint_file(out: Path, alone: bool = False) -> Path:
     """checkpoint.pt; of torchrun's second process checkpoint1.pt: each has its own random numbers."""
-    return out / f"checkpoint{rank_and_world()[0] or ''}.pt"
+    return out / f"checkpoint{'' if alone else rank_and_world()[0] or ''}.pt"
 
 
 def save_checkpoint(log: RunLog, args: argparse.Namespace, **state) -> None:
     """All that --resume needs, in the folder of the log."""
     about = {"script": Path(sys.argv[0]).name, "args": vars(args)}
     about |= {"wall_s": log.seconds(), "log_bytes": log.file.tell()}
-    save_atomic(about | state, checkpoint_file(log.path.parent))
+    save_atomic(about | state, checkpoint_file(log.path.parent, log.alone))
 
 
 def load_checkpoint(args: argparse.Namespace, crc: int) -> dict | None:

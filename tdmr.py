@@ -761,7 +761,7 @@ def finish(log: common.RunLog, results: dict, costs: dict, extractor: Extractor)
             "finetune_s": get("finetune", "step1_s")}
     log.write("end", **end, wall_s=log.seconds(), peak_mib=common.peak_mib())
     out = log.path.parent
-    common.checkpoint_file(out).unlink(missing_ok=True)
+    common.checkpoint_file(out, log.alone).unlink(missing_ok=True)
     print(f"{out}/: {log.seconds():.0f} s, {common.peak_mib():.0f} MiB")
 
 

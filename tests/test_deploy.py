@@ -1,5 +1,6 @@
 """Claims about tools/deploy.py. Each docstring ends with the change under which its test fails."""
 
+import math
 import re
 import subprocess
 import sys
@@ -209,3 +210,13 @@ def test_info_says_where_the_bytes_are(packed_file, capsys):
 def test_only_export_writes_a_file(command, packed_file, fails):
     """Fails if a file is named and nothing is written, or the other way round."""
     assert "export needs a file to write" in fails(deploy, command.format(q=packed_file()[0]))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 1001])
+def test_packing_is_as_small_as_computed_and_loses_nothing(bits, n):
+    """Fails if the last, partly filled byte is dropped."""
+    q = torch.randint(0, 2**bits, (n,), dtype=torch.uint8)
+    packed = deploy.pack_bits(q, bits)
+    assert packed.numel() == math.ceil(n * bits / 8)
+    assert torch.equal(deploy.unpack_bits(packed, bits, n), q)
