@@ -292,6 +292,7 @@ def main(args: argparse.Namespace) -> None:
     finally:
         listener.close()
         server.save()
+        server.lock.acquire()  # for good: a thread in the middle of torch would abort the exit
         lock.close()
         print(f"{server.file}: written", flush=True)
 
