@@ -193,7 +193,7 @@ def configure(model: nn.Module, bn: str, kinds: list[str] = ("bn",), momentum: f
     affine = [p for m in model.modules() if isinstance(m, learn) for p in (m.weight, m.bias)]
     affine = [p.requires_grad_(True) for p in affine if p is not None]
     has = [kind for kind, t in types.items() if any(isinstance(m, t) for m in model.modules())]
-    need(affine, f"nothing adapts by --affine {' '.join(kinds)}; it has: {' '.join(has) or 'none'}")
+    need(affine, f"nothing can adapt by --affine {' '.join(kinds)}; it has: {' '.join(has) or 'none'}")
     layers = [m for m in model.modules() if isinstance(m, AdaptiveBN) and m.mode == "ema"]
     return model.eval(), affine, [m.running_mean for m in layers] + [m.running_var for m in layers]
 

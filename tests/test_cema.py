@@ -249,7 +249,7 @@ def test_layer_and_group_norm_adapt_too():
     all_three = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(5), nn.LayerNorm(6))
     for kinds, sizes in ((["gn"], [4]), (["bn"], [5]), (["ln"], [6]), (["gn", "ln"], [4, 6])):
         assert [len(p) for p in configure(all_three, "ema", kinds)[1][::2]] == sizes
-    with pytest.raises(InputError, match="nothing adapts by --affine ln; it has: bn"):
+    with pytest.raises(InputError, match="nothing can adapt by --affine ln; it has: bn"):
         configure(small(), "ema", ["ln"])
     with pytest.raises(InputError, match="it has: none"):
         configure(nn.Conv2d(3, 4, 3), "ema")
@@ -727,7 +727,7 @@ def test_every_part_fires_under_default_flags(miniature):
     ("--severity 6", "--severity"), ("--order sideways", "--order"), ("--edges 4", "--edges"),
     ("--link-drop 1.5", "--link-drop"), ("--batch-size 0", "--batch-size"),
     ("--methods magic", "--methods"), ("--device tpu9", "--device tpu9"),
-    ("--arch squeezenet1_0", "nothing can adapt"), ("--affine ln", "nothing adapts by --affine ln"),
+    ("--arch squeezenet1_0", "nothing can adapt"), ("--affine ln", "nothing can adapt by --affine ln"),
     ("--arch resnet99", "--arch resnet99: no such network"), ("--weights nowhere.pt", "nowhere.pt"),
     ("--foundation resnet99", "--foundation resnet99: no such network"),
     (f"--foundation resnet8 --foundation-weights {WEIGHTS}/fashion_resnet20.pt",
