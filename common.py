@@ -459,9 +459,9 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
     def __init__(self, root: Path, size: int | None = None, resize: bool = True):
         self.folders = {}  # (class, where a folder really lies) -> the first name it was found by
-        need(root.is_dir(), f"{root}: no such folder; expected class folders, <class>/*.jpg or .png")
-        super().__init__(root, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
-        need(self.imgs, f"{root}: no images in it; expected class folders, <class>/*.jpg or .png")
+        with door(f"{root}: expected class folders, <class>/*.jpg or .png"):
+            super().__init__(root, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
+            need(self.imgs, "no images in it")
         self.size = size or self.usual_size()
         self.transform = usual_transform(self.size, resize)
 

@@ -241,11 +241,13 @@ def test_a_class_without_images_is_named(tmp_path, labels, empty):
 @pytest.mark.parametrize("name, size, says", [
     ("half.npz", None, "not a readable"), ("other.npz", None, "MedMNIST keys"),
     ("folder", None, "no val/ folder"), ("fasion", None, "nearest: fashion"),
+    ("flat", None, "flat/val: expected class folders"), ("empty", None, "expected .*: no images in it"),
     ("fashion", 40, "fashion: has .*32 px, not 40"), ("cifar10", 40, "cifar10.npz: not a readable")])
 def test_what_is_no_data_set_is_one_clear_line(tmp_path, monkeypatch, name, size, says):
     """Fails if one ends in a traceback, if the nearest name is not listed, or if --size goes unread."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
+    for folder in ("folder", "flat/val", "empty/val/a"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "half.npz").write_bytes(b"PK\x03\x04 half a file")
     (tmp_path / "cifar10.npz").write_bytes(b"<html>")
     np.savez("other.npz", images=np.zeros(3))
