@@ -424,7 +424,7 @@ class Cloud:
             f_logits = self.f.forward(u, learn=True)  # (32, C)
             if not hp.freeze_foundation:
                 loss = entropy_loss(f_logits, self.e0)
-                common.descend(self.f.opt, loss, "the entropy loss of f", "--lr-f")
+                common.descend(self.f.opt, loss, "the loss of f", "--lr-f")
                 self.counts["cloud_backwards"] += len(u)
             x, f_logits = u, f_logits.detach()
             # ABLATE: With replay 84.13; without (--replay 0) 84.26, for 41 % of the cloud's work. On

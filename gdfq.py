@@ -433,7 +433,7 @@ class GDFQ:
         # ABLATE: With both 63.77; without L_BNS (--beta 0) 55.66, without CE 63.45 (CIFAR-100, half the
         # size; results/gdfq/parts).
         ce, bns = F.cross_entropy(logits, y), bn_statistics_loss(self.bn_statistics)
-        common.descend(self.opt_g, ce + self.hp.beta * bns, "loss_g", "--lr-g", together=True)
+        common.descend(self.opt_g, ce + self.hp.beta * bns, "the loss of G", "--lr-g", together=True)
         self.bn_statistics.clear()  # or the graph of this batch lives on
         seen = (logits.argmax(1) == y).float().mean()
         stats = {"ce": ce.item(), "bns": bns.item(), "acc_m_pct": 100 * seen.item()}
@@ -450,7 +450,7 @@ class GDFQ:
             logits = self.student(x).float()
         kd = distillation_loss(teacher_logits, logits, hp.temperature, hp.kd_reduction)
         loss = hp.alpha * kd + hp.ce * F.cross_entropy(logits, y)
-        common.descend(self.opt, loss, "loss_q", "--lr", hp.clip, together=True)
+        common.descend(self.opt, loss, "the loss of Q", "--lr", hp.clip, together=True)
         agree = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"kd": kd.item(), "agree_pct": 100 * agree.item()}
 

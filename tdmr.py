@@ -508,7 +508,7 @@ class Step1:
             at = torch.randint(len(f), (hp.step1_batch,), generator=g)
             opt.param_groups[0]["lr"] = hp.step1_lr * 0.5 * (1 + math.cos(math.pi * i / hp.step1_steps))
             loss = F.cross_entropy(linear(f[at]), q[at])
-            common.descend(opt, loss, f"loss_probe at iteration {i}", "--step1-lr")
+            common.descend(opt, loss, "the loss of probe", "--step1-lr")
             if (i + 1) % (hp.step1_steps // 10) == 0:
                 losses.append(F.cross_entropy(linear(self.f[:n_l][judges]), self.y[judges]).item())
         return [None, linear.weight.detach(), linear.bias.detach()], losses
@@ -582,7 +582,7 @@ def train_student(student: nn.Module, rows: Rows, data: common.Data, lesson: Les
         if lesson.logits is not None:
             kd = distillation_loss(lesson.logits[at].to(device), out, lesson.T)
             terms["kd"] = b * hp.kd_weight * kd
-        common.descend(opt, sum(terms.values()), f"loss_{lesson.name} at iteration {i}", "--lr")
+        common.descend(opt, sum(terms.values()), f"the loss of {lesson.name}", "--lr")
         schedule.step()
         mean = {k: 0.95 * mean.get(k, v.item()) + 0.05 * v.item() for k, v in terms.items()}
         if (i + 1) % 20 == 0 or i + 1 == hp.steps:

@@ -485,7 +485,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(go, monkeypatch, capsys):
     monkeypatch.setattr(gdfq, "distillation_loss", lambda *args: loss(*args) * next(factors))
     with pytest.raises(SystemExit):
         go("--student-steps 1 --checkpoint-every 1")
-    assert "loss_q is nan, its gradient norm nan; lower --lr\n" in capsys.readouterr().err
+    assert "the loss of Q is nan, its gradient norm nan; lower --lr\n" in capsys.readouterr().err
     state = torch.load("run/checkpoint.pt", weights_only=True)["method"]
     assert state["iteration"] == 4 and all(v.isfinite().all() for v in state["student"].values())
 

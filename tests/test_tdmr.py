@@ -425,10 +425,10 @@ def test_nan_stops_the_run_and_names_the_loss(function, monkeypatch):
     """Fails if training goes on with NaN weights."""
     loss = getattr(tdmr, function)
     monkeypatch.setattr(tdmr, function, lambda *a: loss(*a) * float("nan"))
-    with pytest.raises(common.InputError, match="loss_tdmr at iteration 0 is nan"):
+    with pytest.raises(common.InputError, match="the loss of tdmr is nan"):
         train(lesson())
     rows, f, _ = clusters(9, 9)
-    with pytest.raises(common.InputError, match="loss_probe at iteration 0 is nan"):
+    with pytest.raises(common.InputError, match="the loss of probe is nan"):
         step1(rows, f * float("nan")).train("probe")
 
 

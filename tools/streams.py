@@ -22,8 +22,6 @@ import common
 from common import ImageFolder, door, need
 from tools.corruptions import CORRUPTIONS, HELD_OUT, corrupt, known
 
-ORDERS = ("reset", "lifelong", "mixed", "label-shift")
-
 
 class Domain(NamedTuple):
     """A test set under one corruption; `corruption` None: its images are corrupted already."""
