@@ -815,11 +815,11 @@ def number(kind: type, lo: float = -math.inf, hi: float = math.inf, word: str = 
     def parse(text: str):
         if word and text == word:
             return word
-        value = kind(text)
-        if not (lo <= value <= hi and math.isfinite(value)):
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} from {lo} to {hi}{' or ' if word else ''}{word}"  # for argparse
+        with suppress(ValueError):
+            if lo <= (value := kind(text)) <= hi and math.isfinite(value):
+                return value
+        what = f"{kind.__name__} from {lo} to {hi}{word and ' or ' + word}"
+        raise argparse.ArgumentTypeError(f"{text}: expected {what}")
     return parse
 
 
